@@ -1,4 +1,4 @@
-"""The knobs of PLPHP, in the paper's symbols: validated once, frozen, readable from and writable to a JSON file."""
+"""The knobs of PLPHP, in the paper's symbols: validated once, frozen, kept in a JSON file."""
 
 import dataclasses
 import json
@@ -20,19 +20,19 @@ HEAD_REDUCES = ("mean", "max")
 class PLPHPConfig:
     """Setting of PLPHP (arXiv 2502.14504). Fractions are plain numbers in [0, 1].
 
-    Layer level: a layer whose vision attention score gamma is at least `alpha` keeps `r + delta_r` of its vision
-    tokens, one below `beta` keeps `r - delta_r`, the others keep `r` (clamped to [0, 1]). Default values are this
-    project's; the paper's public text names none.
+    Layer level: a layer whose vision attention score gamma is at least `alpha` keeps `r + delta_r` of its
+    vision tokens, one below `beta` keeps `r - delta_r`, the others keep `r` (clamped to [0, 1]). The default
+    values are this project's; the paper's public text names none.
 
     Attributes:
         r: base retention rate.
         delta_r: what an attentive layer gains on `r` and an indifferent one loses.
         alpha: upper threshold of gamma (`gamma >= alpha` is attentive).
         beta: lower threshold of gamma (`gamma < beta` is indifferent).
-        scope: `prompt` ranks all vision tokens of the prompt together; `image` lets each image keep its own share.
-        head_reduce: how the query heads that share one KV head vote on a token: their `mean` or their `max`.
+        scope: `prompt` ranks all vision tokens together; with `image` each image keeps its own share.
+        head_reduce: how the query heads that share one KV head score a token: by their `mean` or `max`.
         skip_layers: indices of decoder layers that are never cut.
-        calibrated: True when alpha and beta come from `plphp calibrate` and not from the defaults or the user.
+        calibrated: True when alpha and beta come from `plphp calibrate`.
         calibrated_on: what it was calibrated on, in words (model, number of prompts).
 
     Raises:
@@ -123,6 +123,7 @@ class PLPHPConfig:
                 f"{target} exists already", hint="choose another name, or overwrite it with --force"
             )
         text = json.dumps(self.to_dict(), indent=2) + "\n"
+        draft = None
         try:
             with tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
@@ -133,6 +134,8 @@ class PLPHPConfig:
             Path(draft.name).chmod(0o666 & ~umask)
             Path(draft.name).replace(target)
         except OSError as error:
+            if draft is not None:
+                Path(draft.name).unlink(missing_ok=True)
             raise ConfigError(f"cannot write config {target}: {error.strerror}") from error
 
 

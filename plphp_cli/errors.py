@@ -1,8 +1,8 @@
-"""The errors that a user is meant to read: one line, what to do about it, and the exit code that goes with it."""
+"""The errors that a user is meant to read: one line, what to do about it, and an exit code."""
 
 
 class PLPHPError(Exception):
-    """Base of every expected failure. The command line prints `message`, then `hint`, and exits with `exit_code`."""
+    """Base of every expected failure: a message, a hint, and the exit code of the command that met it."""
 
     exit_code = 1
 
@@ -31,11 +31,11 @@ class ModelError(UsageError):
 
 
 class UnsupportedError(PLPHPError):
-    """A model or a generation feature under which pruning would not be right: refused by name, never silently wrong."""
+    """A model or generation feature under which pruning would not be right: refused by name."""
 
 
 class NestedPruneError(PLPHPError):
-    """A second `prune` on a model that is already being pruned, or two generate calls at once inside one `prune`."""
+    """A second `prune`, or a second generate call at the same time, on a model that is being pruned."""
 
 
 class DeviceMemoryError(PLPHPError):

@@ -1,0 +1,221 @@
+"""PLPHP as pure tensor functions (arXiv 2502.14504), and the policies built from them.
+
+Level 1 gives each layer a retention rate from its vision attention score gamma; level 2 lets each KV head
+keep the vision tokens that its query heads attend to most. Nothing here knows a model or a cache.
+
+Shapes: H query heads, K key/value heads, N prompt tokens, n_v vision tokens, of which each head of layer l
+keeps n_l.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import UnsupportedError
+
+Span = tuple[int, int]
+
+# Floating-point dust must not add a token: 0.4 - 0.3 keeps 1 of 10, not 2.
+_DUST = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What one layer keeps.
+
+    Attributes:
+        gamma: vision attention score of the layer, in [0, 1]; None without vision tokens.
+        group: `attentive`, `balanced`, `indifferent`, `skipped`; None where the policy has no groups.
+        rate: retention rate r_l, in [0, 1]; None without vision tokens.
+        kept: LongTensor [K, n_l], prompt positions of the vision tokens that each head keeps, ascending.
+        clamped: True when `r + delta_r` or `r - delta_r` left [0, 1] and was clamped.
+    """
+
+    gamma: float | None
+    group: str | None
+    rate: float | None
+    kept: Tensor
+    clamped: bool = False
+
+
+class Policy(Protocol):
+    """Decides, layer by layer, which vision tokens each KV head keeps."""
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """Cut one layer.
+
+        Args:
+            layer: index of the decoder layer.
+            attention: float32 [H, N], attention of the last prompt token over all prompt tokens.
+            vision: LongTensor [n_v], prompt positions of the vision tokens, ascending.
+            spans: per image the half-open range of its tokens in `vision`; None when that is not known.
+            kv_heads: K, the number of heads that the cache stores.
+        """
+        ...
+
+
+def vision_attention_score(attention: Tensor, vision: Tensor) -> float | None:
+    """gamma_l: attention [H, N] summed over the positions `vision` [n_v], mean over heads; None if n_v = 0."""
+    if vision.numel() == 0:
+        return None
+    return attention[:, vision].sum(dim=-1).mean().item()
+
+
+def allocate(gamma: float, config: PLPHPConfig) -> tuple[str, float, bool]:
+    """Level 1: group, retention rate in [0, 1], and whether it was clamped, of a layer with score `gamma`."""
+    if gamma >= config.alpha:
+        group, rate = "attentive", config.r + config.delta_r
+    elif gamma < config.beta:
+        group, rate = "indifferent", config.r - config.delta_r
+    else:
+        group, rate = "balanced", config.r
+    clamped = min(max(rate, 0.0), 1.0)
+    return group, clamped, abs(clamped - rate) > _DUST
+
+
+def retained(rate: float, count: int) -> int:
+    """How many of `count` vision tokens a head keeps: ceil(rate * count - 1e-6)."""
+    return max(0, math.ceil(rate * count - _DUST))
+
+
+def head_scores(attention: Tensor, vision: Tensor, kv_heads: int, reduce: str = "mean") -> Tensor:
+    """Scores [K, n_v] of the vision tokens: attention [H, N] reduced over the query heads of each KV head."""
+    grouped = attention[:, vision].unflatten(0, (kv_heads, -1))
+    return grouped.amax(dim=1) if reduce == "max" else grouped.mean(dim=1)
+
+
+def keep_top(scores: Tensor, vision: Tensor, rate: float, spans: Sequence[Span] | None = None) -> Tensor:
+    """Level 2: the best of `vision` [n_v] by `scores` [K, n_v], as prompt positions [K, n_l], ascending.
+
+    On a tie the earlier position wins. With `spans` each image keeps its own share, by its own ranking.
+    """
+    chosen = []
+    for start, stop in [(0, vision.numel())] if spans is None else spans:
+        # A stable sort, not topk: topk leaves the order of equal scores open.
+        ranking = scores[:, start:stop].sort(dim=-1, descending=True, stable=True).indices
+        chosen.append(start + ranking[:, : retained(rate, stop - start)])
+    return vision[torch.cat(chosen, dim=-1).sort(dim=-1).values]
+
+
+def keep_all(vision: Tensor, kv_heads: int) -> Tensor:
+    """LongTensor [K, n_v]: every head keeps every vision token."""
+    return vision.expand(kv_heads, -1)
+
+
+def _shared(scores: Tensor) -> Tensor:
+    """One ranking for all heads: the mean of `scores` [K, n_v] over heads, repeated to [K, n_v]."""
+    return scores.mean(dim=0, keepdim=True).expand_as(scores)
+
+
+@dataclass(frozen=True)
+class PLPHPPolicy:
+    """The method itself: both levels, with the options of `config`."""
+
+    config: PLPHPConfig
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """See `Policy.cut`. Raises `UnsupportedError` for scope `image` when images cannot be told apart."""
+        gamma = vision_attention_score(attention, vision)
+        if gamma is None:
+            return Cut(None, None, None, keep_all(vision, kv_heads))
+        if layer in self.config.skip_layers:
+            return Cut(gamma, "skipped", 1.0, keep_all(vision, kv_heads))
+        group, rate, clamped = allocate(gamma, self.config)
+        if self.config.scope == "prompt":
+            spans = None
+        elif spans is None:
+            raise UnsupportedError(
+                "scope = 'image', but it cannot be told which vision tokens belong to which image",
+                hint="use scope = 'prompt'",
+            )
+        scores = self._rank(head_scores(attention, vision, kv_heads, self.config.head_reduce))
+        return Cut(gamma, group, rate, keep_top(scores, vision, rate, spans), clamped)
+
+    def _rank(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class LayerOnlyPolicy(PLPHPPolicy):
+    """Ablation: level 1 alone. The layer's own rate, but one ranking shared by all its heads."""
+
+    def _rank(self, scores: Tensor) -> Tensor:
+        return _shared(scores)
+
+
+@dataclass(frozen=True)
+class FixedRates:
+    """Given rates: layer -> rate in [0, 1], `default` for layers not named; each head ranks for itself."""
+
+    rates: Mapping[int, float]
+    default: float = 1.0
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """See `Policy.cut`."""
+        scores = head_scores(attention, vision, kv_heads)
+        return _cut_at(self.rates.get(layer, self.default), attention, vision, scores)
+
+
+@dataclass(frozen=True)
+class HeadOnlyPolicy:
+    """Ablation: level 2 alone. One rate for all layers, each head ranks for itself."""
+
+    rate: float
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """See `Policy.cut`."""
+        return _cut_at(self.rate, attention, vision, head_scores(attention, vision, kv_heads))
+
+
+@dataclass(frozen=True)
+class UniformPolicy:
+    """Neither level: one rate for all layers, one ranking shared by the heads of a layer."""
+
+    rate: float
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """See `Policy.cut`."""
+        return _cut_at(self.rate, attention, vision, _shared(head_scores(attention, vision, kv_heads)))
+
+
+@dataclass(frozen=True)
+class RandomPolicy:
+    """Chance: one rate for all layers, each head keeps random tokens; equal seeds keep equal tokens."""
+
+    rate: float
+    seed: int
+
+    def cut(
+        self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
+    ) -> Cut:
+        """See `Policy.cut`."""
+        # Drawn on the CPU, from the seed and the layer alone, so that neither device nor call order matters.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + layer)
+        scores = torch.rand(kv_heads, vision.numel(), generator=generator).to(attention.device)
+        return _cut_at(self.rate, attention, vision, scores)
+
+
+def _cut_at(rate: float, attention: Tensor, vision: Tensor, scores: Tensor) -> Cut:
+    """The cut that keeps `rate` of `vision` by `scores` [K, n_v]."""
+    gamma = vision_attention_score(attention, vision)
+    kept = keep_top(scores, vision, rate)
+    return Cut(gamma, None, None if gamma is None else rate, kept)
+
+
+def as_policy(policy: PLPHPConfig | Policy | None) -> Policy | None:
+    """The policy that a config stands for; policies and None (the unpruned arm) are returned as they are."""
+    return PLPHPPolicy(policy) if isinstance(policy, PLPHPConfig) else policy

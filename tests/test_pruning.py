@@ -1,0 +1,176 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import UnsupportedError
+from plphp_cli.pruning import (
+    FixedRates,
+    HeadOnlyPolicy,
+    LayerOnlyPolicy,
+    PLPHPPolicy,
+    RandomPolicy,
+    UniformPolicy,
+    allocate,
+    as_policy,
+    retained,
+)
+
+
+def plain_cut(attention, vision, spans, kv_heads, config, layer):
+    """PLPHP for one layer in plain Python: lists of floats in, (gamma, group, rate, kept lists) out."""
+    heads, group_size = len(attention), len(attention) // kv_heads
+    gamma = sum(sum(row[j] for j in vision) for row in attention) / heads
+    if gamma >= config.alpha:
+        group, rate = "attentive", config.r + config.delta_r
+    elif gamma >= config.beta:
+        group, rate = "balanced", config.r
+    else:
+        group, rate = "indifferent", config.r - config.delta_r
+    rate = max(0.0, min(1.0, rate))
+    if layer in config.skip_layers:
+        group, rate, spans = "skipped", 1.0, None
+    parts = [vision] if config.scope == "prompt" or spans is None else [vision[a:b] for a, b in spans]
+    kept = []
+    for head in range(kv_heads):
+        rows = attention[head * group_size : (head + 1) * group_size]
+        chosen = []
+        for part in parts:
+            vote = max if config.head_reduce == "max" else (lambda values: sum(values) / len(values))
+            ranked = sorted(part, key=lambda j: (-vote([row[j] for row in rows]), j))
+            chosen += ranked[: math.ceil(rate * len(part) - 1e-6)]
+        kept.append(sorted(chosen))
+    return gamma, group, rate, kept
+
+
+@st.composite
+def layers(draw):
+    kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (2, 4), (3, 2)]))
+    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    text = draw(st.integers(1, 5))
+    vision = sorted(draw(st.permutations(range(sum(sizes) + text)))[: sum(sizes)])
+    # Few different exact weights, so that ties are common and sums are exact in float32.
+    cells = (sum(sizes) + text) * kv_heads * group_size
+    weights = draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=cells, max_size=cells))
+    attention = torch.tensor(weights, dtype=torch.float32).view(kv_heads * group_size, -1) / 64
+    stops = torch.tensor(sizes).cumsum(0).tolist()
+    spans = list(zip([0, *stops[:-1]], stops, strict=True))
+    tenths = st.integers(0, 10).map(lambda n: n / 10)
+    beta, alpha = sorted([draw(tenths), draw(tenths)])
+    config = PLPHPConfig(
+        r=draw(tenths),
+        delta_r=draw(tenths),
+        alpha=alpha,
+        beta=beta,
+        scope=draw(st.sampled_from(["prompt", "image"])),
+        head_reduce=draw(st.sampled_from(["mean", "max"])),
+        skip_layers=draw(st.sampled_from([(), (0,), (1,)])),
+    )
+    return attention, vision, spans, kv_heads, config
+
+
+@settings(max_examples=300, deadline=None)
+@given(layers())
+def test_a_cut_equals_the_plain_reimplementation(layer):
+    attention, vision, spans, kv_heads, config = layer
+    cut = PLPHPPolicy(config).cut(0, attention, torch.tensor(vision), spans, kv_heads)
+    gamma, group, rate, kept = plain_cut(attention.tolist(), vision, spans, kv_heads, config, 0)
+    assert cut.gamma == pytest.approx(gamma, abs=1e-6)
+    assert (cut.group, cut.rate, cut.kept.tolist()) == (group, rate, kept)
+
+
+def test_retained_ignores_floating_point_dust():
+    assert retained(0.4 - 0.3, 10) == 1
+    assert retained(0.1 + 0.2, 10) == 3
+    assert retained(0.11, 10) == 2
+    assert retained(0.0, 10) == 0
+    assert retained(1.0, 10) == 10
+    assert retained(0.5, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("gamma", "group", "rate"),
+    [
+        (0.25, "attentive", 0.7),
+        (0.2499, "balanced", 0.4),
+        (0.1, "balanced", 0.4),
+        (0.0999, "indifferent", 0.1),
+    ],
+)
+def test_the_thresholds_belong_to_the_upper_group(gamma, group, rate):
+    assert allocate(gamma, PLPHPConfig()) == (group, pytest.approx(rate), False)
+
+
+def test_a_rate_outside_0_1_is_clamped_and_the_cut_says_so():
+    attention, vision = torch.full((2, 4), 0.25), torch.tensor([0, 1])
+    high = PLPHPPolicy(PLPHPConfig(r=0.8, delta_r=0.5)).cut(0, attention, vision, None, 1)
+    low = PLPHPPolicy(PLPHPConfig(r=0.2, delta_r=0.5, alpha=1, beta=1)).cut(0, attention, vision, None, 1)
+    exact = PLPHPPolicy(PLPHPConfig(r=0.7, delta_r=0.3)).cut(0, attention, vision, None, 1)
+    assert (high.rate, high.clamped, high.kept.tolist()) == (1.0, True, [[0, 1]])
+    assert (low.rate, low.clamped, low.kept.shape) == (0.0, True, (1, 0))
+    assert (exact.rate, exact.clamped) == (1.0, False)
+
+
+@pytest.mark.parametrize(
+    "policy", [PLPHPPolicy(PLPHPConfig()), HeadOnlyPolicy(0.5), UniformPolicy(0.5), RandomPolicy(0.5, 1)]
+)
+def test_without_vision_tokens_gamma_group_and_rate_are_null(policy):
+    cut = policy.cut(0, torch.full((4, 3), 1 / 3), torch.tensor([], dtype=torch.long), [], 2)
+    assert (cut.gamma, cut.group, cut.rate, cut.kept.shape) == (None, None, None, (2, 0))
+
+
+def test_ties_go_to_the_earlier_position_even_among_thousands():
+    vision = torch.arange(5000)
+    cut = FixedRates({}, 0.3).cut(0, torch.full((2, 5000), 1 / 5000), vision, None, 2)
+    assert cut.kept.tolist() == [list(range(1500))] * 2
+
+
+def test_scope_image_needs_images_that_can_be_told_apart():
+    policy = PLPHPPolicy(PLPHPConfig(scope="image"))
+    with pytest.raises(UnsupportedError, match="scope"):
+        policy.cut(0, torch.full((2, 4), 0.25), torch.tensor([0, 1]), None, 1)
+
+
+def scores_that_disagree():
+    """Two KV heads that want opposite tokens of four; position 4 is text."""
+    return torch.tensor([[0.40, 0.30, 0.15, 0.05, 0.1], [0.10, 0.12, 0.28, 0.40, 0.1]]), torch.arange(4)
+
+
+def test_shared_rankings_give_every_head_the_same_tokens():
+    attention, vision = scores_that_disagree()
+    own = PLPHPPolicy(PLPHPConfig(r=0.5, delta_r=0)).cut(0, attention, vision, None, 2)
+    layer_only = LayerOnlyPolicy(PLPHPConfig(r=0.5, delta_r=0)).cut(0, attention, vision, None, 2)
+    uniform = UniformPolicy(0.5).cut(0, attention, vision, None, 2)
+    assert own.kept.tolist() == [[0, 1], [2, 3]]
+    assert layer_only.kept.tolist() == uniform.kept.tolist() == [[0, 3], [0, 3]]
+    assert layer_only.group == own.group == "attentive"
+    assert uniform.group is None
+
+
+def test_fixed_rates_cut_only_the_layers_they_name():
+    attention, vision = scores_that_disagree()
+    policy = FixedRates({1: 0.25})
+    assert policy.cut(0, attention, vision, None, 2).kept.shape == (2, 4)
+    assert policy.cut(1, attention, vision, None, 2).kept.tolist() == [[0], [3]]
+
+
+def test_random_depends_on_seed_and_layer_alone():
+    attention, vision = torch.full((2, 100), 0.01), torch.arange(100)
+    kept = [
+        RandomPolicy(0.3, seed).cut(layer, attention, vision, None, 2).kept
+        for seed, layer in [(0, 0), (0, 0), (1, 0), (0, 1)]
+    ]
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+    assert not torch.equal(kept[0], kept[3])
+    assert not torch.equal(kept[0][0], kept[0][1])
+    assert torch.equal(kept[0], kept[0].sort(dim=-1).values)
+
+
+def test_a_config_stands_for_the_method():
+    assert as_policy(PLPHPConfig(r=0.5)) == PLPHPPolicy(PLPHPConfig(r=0.5))
+    assert as_policy(None) is None
+    assert isinstance(as_policy(UniformPolicy(0.5)), UniformPolicy)
