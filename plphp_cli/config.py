@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,19 +122,12 @@ class PLPHPConfig:
                 f"{target} exists already", hint="choose another name, or overwrite it with --force"
             )
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        draft = None
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-            ) as draft:
-                draft.write(text)
-            # A temporary file is private by default; the config is as readable as any file the user writes.
-            os.umask(umask := os.umask(0))
-            Path(draft.name).chmod(0o666 & ~umask)
-            Path(draft.name).replace(target)
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(target)
         except OSError as error:
-            if draft is not None:
-                Path(draft.name).unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise ConfigError(f"cannot write config {target}: {error.strerror}") from error
 
 

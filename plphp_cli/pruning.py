@@ -22,6 +22,8 @@ Span = tuple[int, int]
 
 # Floating-point dust must not add a token: 0.4 - 0.3 keeps 1 of 10, not 2.
 _DUST = 1e-6
+# Positions whose keys are widened to float32 at a time.
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +63,31 @@ class Policy(Protocol):
         ...
 
 
+def last_token_attention(
+    query: Tensor, key: Tensor, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """A[l, h, j]: attention of the last prompt token over all prompt tokens, float32 [H, N].
+
+    Args:
+        query: [H, d], the last token's queries after RoPE.
+        key: [K, N, d], the keys after RoPE; they are read in blocks, never copied whole or repeated.
+        scaling: factor on query . key, as the layer has it.
+        softcap: the layer's cap on attention logits, if it has one.
+        sinks: [H], the layer's learned sink logits, which take a share of the softmax, if it has any.
+    """
+    kv_heads, width = key.shape[0], key.shape[-1]
+    rows = query.float().reshape(kv_heads, -1, width)
+    blocks = [torch.matmul(rows, block.float().mT) for block in key.split(_BLOCK, dim=1)]
+    logits = torch.cat(blocks, dim=-1).flatten(0, 1) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    return torch.cat([logits, sinks.float()[:, None]], dim=-1).softmax(dim=-1)[:, :-1]
+
+
 def vision_attention_score(attention: Tensor, vision: Tensor) -> float | None:
-    """gamma_l: attention [H, N] summed over the positions `vision` [n_v], mean over heads; None if n_v = 0."""
+    """gamma_l: attention [H, N] summed over positions `vision` [n_v], mean over heads; None if n_v = 0."""
     if vision.numel() == 0:
         return None
     return attention[:, vision].sum(dim=-1).mean().item()

@@ -1,0 +1,407 @@
+"""`prune`: PLPHP at work inside a transformers model, by a registered attention function and a cache layer.
+
+Nothing here knows a model family. A function registered with transformers' `AttentionInterface` sees each
+layer's queries and keys after RoPE and after the cache update; it runs the back-end that the model had,
+and in prefill cuts the layer's cache before the next layer runs. It finds its state through the attention
+module, in a weak map: the registered names are inert for every module that is not being pruned.
+"""
+
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from plphp_cli.cache import PrunableLayer, layer_bytes
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
+from plphp_cli.pruning import Cut, PLPHPPolicy, Policy, as_policy, last_token_attention
+from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate
+from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
+
+BACKENDS = ("sdpa", "eager", "flex_attention")
+_PREFIX = "plphp_"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """What one decoder layer kept of one prompt.
+
+    Attributes:
+        index: index of the layer in the decoder.
+        gamma: vision attention score in [0, 1]; None without vision tokens, or where nothing was scored.
+        group: `attentive`, `balanced`, `indifferent` or `skipped`; `sliding` or `linear` for a layer left
+            alone.
+        rate: retention rate r_l in [0, 1]; None where nothing was cut.
+        vision_tokens: vision tokens that each KV head holds; None for layers left alone.
+        kept: LongTensor [K, n_l] on the CPU, prompt positions of the vision tokens kept, ascending; None
+            if uncut.
+        held_bytes: keys and values of the prompt that are held after the cut.
+        full_bytes: what they would be had nothing been cut.
+        allocated_bytes: the storages behind them, with the room for new tokens.
+        kv_heads: K; None for layers that cache no keys and values.
+        head_dim: width of a key; None for layers that cache no keys and values.
+        prunable: False for sliding-window and linear attention, which are left alone.
+        clamped: True when the rate left [0, 1] and was clamped.
+    """
+
+    index: int
+    gamma: float | None
+    group: str | None
+    rate: float | None
+    vision_tokens: int | None
+    kept: Tensor | None
+    held_bytes: int
+    full_bytes: int
+    allocated_bytes: int
+    kv_heads: int | None
+    head_dim: int | None
+    prunable: bool
+    clamped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceState:
+    """One pruned prompt: its layers, its length, and where its vision tokens are."""
+
+    layers: tuple[LayerState, ...]
+    prompt_tokens: int
+    vision: VisionTokens
+    attention: tuple[Tensor | None, ...] = ()
+    """Per layer the score rows, float32 [H, N]; empty unless `prune(..., keep_attention=True)`."""
+
+
+@dataclass(eq=False)
+class _Forward:
+    """One forward call of the model under way; `vision` is set in prefill alone."""
+
+    thread: int
+    cache: Cache
+    vision: VisionTokens | None = None
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Pruner:
+    """The state of one `prune` context. It holds no cache: caches belong to the calls that fill them.
+
+    Attributes:
+        policy: what decides the cuts; None is the unpruned arm (in-place cache, nothing scored, nothing cut).
+        room: new tokens to make room for at the next prefill; None when unknown. `generate` sets it by
+            itself.
+        sequences: the prompts of the latest generate call or prefill.
+    """
+
+    def __init__(self, model: Any, policy: Policy | None, keep_attention: bool = False) -> None:
+        self.policy = policy
+        self.room: int | None = None
+        self.sequences: tuple[SequenceState, ...] = ()
+        self._model = model
+        self._keep_attention = keep_attention
+        self._kinds = layer_kinds(model.config)
+        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._lock = threading.Lock()
+        self._generating = threading.Lock()
+        self._forward: _Forward | None = None
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """The layers of the latest prompt; empty before the first."""
+        return self.sequences[0].layers if self.sequences else ()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, which tells how many new tokens to make room for.
+
+        Raises:
+            UnsupportedError: the call asks for what pruning does not support, named in the message.
+            NestedPruneError: another generate call on the model is under way.
+        """
+        names = list(inspect.signature(type(self._model).generate).parameters)[1:]
+        merged = {**dict(zip(names, args, strict=False)), **kwargs}
+        options = {name: value for name, value in merged.items() if name not in names}
+        config, inputs = self._model._prepare_generation_config(merged.get("generation_config"), **options)
+        refuse_generate(config, {**merged, **inputs})
+        if not self._generating.acquire(blocking=False):
+            raise NestedPruneError("a generate call on this model is under way", hint="let it end first")
+        try:
+            self.room = _room(config, inputs.get("input_ids", merged.get("inputs")))
+            return type(self._model).generate(self._model, *args, **kwargs)
+        finally:
+            self.room = None
+            self._generating.release()
+
+    def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: a call with an empty cache is a prefill."""
+        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        cache = inputs.get("past_key_values")
+        prefill = cache is None or cache.get_seq_length() == 0
+        forward = _Forward(threading.get_ident(), DynamicCache() if cache is None else cache)
+        with self._lock:
+            if self._forward is not None and self._forward.thread != forward.thread:
+                raise NestedPruneError(
+                    "this model is running in another thread", hint="use one thread at a time"
+                )
+            self._forward = forward
+        refuse_cache(forward.cache)
+        if prefill:
+            refuse_forward(inputs)
+            self.sequences = ()
+            inputs = encode_images(model, inputs)
+            forward.vision = find_vision_tokens(model.config, inputs)
+            layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+            forward.cache.layers = [
+                PrunableLayer() if kind == FULL else layer
+                for kind, layer in zip(self._kinds, layers, strict=True)
+            ]
+            forward.cache.layer_class_to_replicate = None
+            inputs |= {"past_key_values": forward.cache, "use_cache": True}
+        elif not any(isinstance(layer, PrunableLayer) for layer in forward.cache.layers):
+            raise UnsupportedError(
+                "a non-empty past_key_values is not supported", hint="pass the whole prompt"
+            )
+        return (), inputs
+
+    def after_forward(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook of the model, also after an exception (then `output` is None)."""
+        forward = self._forward
+        if forward is None or forward.thread != threading.get_ident():
+            return
+        self._forward = None
+        if output is not None and forward.vision is not None:
+            self.sequences = (self._record(forward),)
+
+    def attend(
+        self,
+        stock: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **options: Any,
+    ) -> Any:
+        """Attention of one layer: `stock` does it; in prefill the layer's cache is cut right after."""
+        forward = self._forward
+        if forward is None:
+            raise UnsupportedError("only a part of the model was called", hint="call the model itself")
+        layer = forward.cache.layers[module.layer_idx]
+        if not isinstance(layer, PrunableLayer):
+            return stock(module, query, key, value, mask, **options)
+        if forward.vision is None:
+            mask = _decode_mask(layer, query, mask)
+            return stock(module, query, key, value, mask, **options)
+        output = stock(module, query, key, value, mask, **options)
+        self._cut(forward, module.layer_idx, query, key, options)
+        return output
+
+    @torch.no_grad()
+    def _cut(
+        self, forward: _Forward, index: int, query: Tensor, key: Tensor, options: dict[str, Any]
+    ) -> None:
+        """Score the layer from its last query, and hold what the policy keeps."""
+        assert forward.vision is not None
+        layer, kept, vision = forward.cache.layers[index], None, forward.vision
+        if self.policy is not None or self._keep_attention:
+            if options.get("position_bias") is not None:
+                raise UnsupportedError("attention with a position bias is not supported")
+            attention = last_token_attention(
+                query[0, :, -1],
+                key[0],
+                options.get("scaling") or key.shape[-1] ** -0.5,
+                options.get("softcap"),
+                options.get("s_aux"),
+            )
+            if self._keep_attention:
+                forward.attention[index] = attention
+        if self.policy is not None:
+            positions = vision.positions.to(key.device)
+            cut = self.policy.cut(index, attention, positions, vision.spans, key.shape[1])
+            forward.cuts[index] = cut
+            if cut.kept.shape[1] < positions.numel():
+                kept = kept_positions(cut.kept, positions, key.shape[-2])
+        layer.hold(kept, self.room)
+
+    def _record(self, forward: _Forward) -> SequenceState:
+        assert forward.vision is not None
+        states = []
+        for index, (kind, layer) in enumerate(zip(self._kinds, forward.cache.layers, strict=True)):
+            if kind == FULL and not layer.prompt_is_held:
+                raise UnsupportedError(f"layer {index} did not go through transformers' attention interface")
+            states.append(_layer_state(index, kind, layer, forward.cuts.get(index), forward.vision))
+        attention = tuple(forward.attention.get(index) for index in range(len(states)))
+        seen = forward.cache.get_seq_length()
+        return SequenceState(tuple(states), seen, forward.vision, attention if self._keep_attention else ())
+
+
+@contextlib.contextmanager
+def prune(
+    model: Any, policy: PLPHPConfig | Policy | None = None, *, keep_attention: bool = False
+) -> Iterator[Pruner]:
+    """Prune the vision cache of `model` wherever it generates inside this context.
+
+    `model.generate` works unchanged, greedy or sampling, with streamers and from another thread. The model
+    is as it was on leaving, also after an exception.
+
+    Args:
+        model: any transformers image-text-to-text model.
+        policy: a config, a policy, or None for the same path with scoring and cutting switched off.
+        keep_attention: keep the score rows of the latest prompt (`SequenceState.attention`).
+
+    Raises:
+        UnsupportedError: the model, its attention back-end, or later a generation feature, is refused by
+        name. ConfigError: `skip_layers` names a layer that the model does not have.
+        NestedPruneError: the model, or a part of it, is being pruned already.
+    """
+    decoder = model.get_decoder()
+    backend = decoder.config._attn_implementation
+    pruner = Pruner(model, as_policy(policy), keep_attention)
+    _check_layers(pruner.policy, len(pruner._kinds))
+    if backend.removeprefix(_PREFIX) not in BACKENDS:
+        raise UnsupportedError(
+            f"attention back-end {backend!r} is not supported",
+            hint=f"load the model with {' or '.join(BACKENDS)}",
+        )
+    modules = [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_claimed(modules, pruner))
+        stack.callback(decoder.set_attn_implementation, backend)
+        decoder.set_attn_implementation(_PREFIX + backend)
+        for hook in (
+            model.register_forward_pre_hook(pruner.before_forward, with_kwargs=True),
+            model.register_forward_hook(pruner.after_forward, with_kwargs=True, always_call=True),
+        ):
+            stack.callback(hook.remove)
+        stack.enter_context(_replaced(model, "generate", pruner.generate))
+        yield pruner
+
+
+def kept_positions(kept: Tensor, vision: Tensor, prompt_tokens: int) -> Tensor:
+    """Prompt positions that each head holds, LongTensor [K, n], ascending: text and `kept` [K, n_l]."""
+    text = torch.ones(prompt_tokens, dtype=torch.bool, device=vision.device)
+    text[vision] = False
+    return torch.cat([text.nonzero().T.expand(kept.shape[0], -1), kept], dim=-1).sort(dim=-1).values
+
+
+def _room(config: GenerationConfig, prompt: Tensor | None) -> int | None:
+    """New tokens that a generate call can add at most; None when it does not say."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length is None or prompt is None:
+        return None
+    return max(0, config.max_length - prompt.shape[1])
+
+
+def _decode_mask(layer: PrunableLayer, query: Tensor, mask: Any) -> Any:
+    """The mask of new tokens: the model's own while nothing was cut, else one as wide as what is held."""
+    count = query.shape[-2]
+    if layer.held == layer.seen:
+        return mask
+    if count == 1:
+        return None  # every held token is visible
+    # The model makes one mask for all layers, as wide as the tokens seen; this layer holds fewer.
+    visible = torch.ones(count, layer.held, dtype=torch.bool, device=query.device).tril(layer.held - count)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return visible[None, None]
+    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(
+        ~visible, torch.finfo(query.dtype).min
+    )[None, None]
+
+
+def _layer_state(index: int, kind: str, layer: Any, cut: Cut | None, vision: VisionTokens) -> LayerState:
+    held, allocated = layer_bytes(layer)
+    keys = getattr(layer, "keys", None)
+    kv_heads, head_dim = (None, None) if keys is None else (keys.shape[1], keys.shape[3])
+    if kind != FULL:
+        return LayerState(
+            index, None, kind, None, None, None, held, held, allocated, kv_heads, head_dim, False
+        )
+    full = layer.seen * layer.token_bytes
+    if cut is None:
+        tokens = vision.positions.numel()
+        return LayerState(
+            index, None, None, None, tokens, None, held, full, allocated, kv_heads, head_dim, True
+        )
+    return LayerState(
+        index=index,
+        gamma=cut.gamma,
+        group=cut.group,
+        rate=cut.rate,
+        vision_tokens=cut.kept.shape[1],
+        kept=cut.kept.to("cpu", copy=True),
+        held_bytes=held,
+        full_bytes=full,
+        allocated_bytes=allocated,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        prunable=True,
+        clamped=cut.clamped,
+    )
+
+
+def _check_layers(policy: Policy | None, count: int) -> None:
+    skipped = policy.config.skip_layers if isinstance(policy, PLPHPPolicy) else ()
+    if skipped and skipped[-1] >= count:
+        raise ConfigError(f"skip_layers holds {skipped[-1]}, but the model has layers 0 to {count - 1}")
+
+
+# Attention module -> the pruner at work on it; weak, so that a model can be freed.
+_PRUNERS: WeakKeyDictionary[nn.Module, Pruner] = WeakKeyDictionary()
+_CLAIM = threading.Lock()
+
+
+@contextlib.contextmanager
+def _claimed(modules: list[nn.Module], pruner: Pruner) -> Iterator[None]:
+    with _CLAIM:
+        if any(module in _PRUNERS for module in modules):
+            raise NestedPruneError(
+                "this model is being pruned already", hint="leave the other prune context first"
+            )
+        _PRUNERS.update((module, pruner) for module in modules)
+    try:
+        yield
+    finally:
+        with _CLAIM:
+            for module in modules:
+                _PRUNERS.pop(module, None)
+
+
+@contextlib.contextmanager
+def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute on one object, and leave the object's own attributes as they were."""
+    missing = object()
+    before = vars(target).get(name, missing)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(target, name)
+        else:
+            setattr(target, name, before)
+
+
+def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -> Any:
+    """What is registered: the back-end as the module's own file has it, under its pruner if there is one."""
+    source = sys.modules[type(module).__module__]
+    interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    stock = interface.get_interface(backend, getattr(source, "eager_attention_forward", None))
+    pruner = _PRUNERS.get(module)
+    if pruner is None:
+        return stock(module, *tensors, **options)
+    return pruner.attend(stock, module, *tensors, **options)
+
+
+for _backend in BACKENDS:
+    AttentionInterface.register(_PREFIX + _backend, partial(_attention, _backend))
+    AttentionMaskInterface.register(_PREFIX + _backend, ALL_MASK_ATTENTION_FUNCTIONS[_backend])

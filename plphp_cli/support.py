@@ -1,0 +1,136 @@
+"""What cannot be pruned rightly yet: refused by name, before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from plphp_cli.errors import UnsupportedError
+
+FULL, SLIDING, LINEAR = "full", "sliding", "linear"
+_KINDS = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING, LinearAttentionLayer: LINEAR}
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """Kind of attention of each decoder layer; `full` layers are pruned, `sliding` and `linear` are not.
+
+    Args:
+        config: the whole model's config.
+
+    Raises:
+        UnsupportedError: encoder-decoder, latent, shared or chunked attention, or no full layer at all.
+    """
+    text = config.get_text_config(decoder=True)
+    model = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{model}: an encoder-decoder, whose vision tokens are not in the decoder's cache"
+        )
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise UnsupportedError(
+            f"{model}: latent attention (MLA), whose cache has no keys and values per head"
+        )
+    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+        raise UnsupportedError(f"{model}: layers that share keys and values")
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise UnsupportedError(f"{model}: chunked attention")
+    layers = DynamicCache(config=text).layers
+    for layer in layers:
+        if type(layer) not in _KINDS:
+            raise UnsupportedError(f"{model}: layers cached as {type(layer).__name__}")
+    kinds = tuple(_KINDS[type(layer)] for layer in layers)
+    if FULL not in kinds:
+        raise UnsupportedError(f"{model}: no full-attention layer, so there is no vision cache to prune")
+    return kinds
+
+
+def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` for what `generate` was asked and pruning does not support.
+
+    Args:
+        config: the generation config as `generate` merges it.
+        arguments: the other keyword arguments of the call.
+    """
+    past = arguments.get("past_key_values")
+    refusals = [
+        (config.num_beams not in (None, 1), "beam search (num_beams > 1)", "use num_beams=1"),
+        (
+            config.num_return_sequences not in (None, 1),
+            "num_return_sequences > 1",
+            "call generate once per sequence, with different seeds",
+        ),
+        (
+            arguments.get("assistant_model") is not None
+            or config.prompt_lookup_num_tokens is not None
+            or getattr(config, "assistant_early_exit", None) is not None,
+            "assisted decoding",
+            "leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit",
+        ),
+        (config.prefill_chunk_size is not None, "prefill_chunk_size", "prefill in one piece"),
+        (
+            config.cache_implementation not in (None, "dynamic"),
+            f"cache_implementation={config.cache_implementation!r}",
+            "leave it out: the pruned cache is a dynamic one",
+        ),
+        (
+            past is not None and past.get_seq_length() > 0,
+            "a non-empty past_key_values",
+            "pass the whole prompt",
+        ),
+        (config.use_cache is False, "use_cache=False", "pruning is of the cache: leave it on"),
+        (bool(config.output_attentions), "output_attentions=True", "leave it out"),
+        (
+            config.guidance_scale not in (None, 1),
+            "classifier-free guidance (guidance_scale)",
+            "use guidance_scale=1",
+        ),
+        (bool(config.token_healing), "token_healing", "heal the prompt before generating"),
+        (arguments.get("custom_generate") is not None, "custom_generate", "use the model's own generate"),
+    ]
+    for refused, feature, hint in refusals:
+        if refused:
+            raise UnsupportedError(f"{feature} is not supported while pruning", hint=hint)
+
+
+def refuse_forward(inputs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` for what a forward call was asked and pruning does not support.
+
+    Args:
+        inputs: all arguments of the call, by name.
+    """
+    if inputs.get("use_cache") is False:
+        raise UnsupportedError("use_cache=False is not supported while pruning", hint="leave the cache on")
+    if inputs.get("output_attentions"):
+        raise UnsupportedError("output_attentions=True is not supported while pruning", hint="leave it out")
+    ids: Tensor | None = inputs.get("input_ids")
+    if ids is None:
+        raise UnsupportedError("inputs_embeds without input_ids is not supported", hint="pass input_ids")
+    if ids.shape[0] != 1:
+        raise UnsupportedError(
+            f"a batch of {ids.shape[0]} sequences is not supported", hint="run one at a time"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(mask.all())):
+        raise UnsupportedError(
+            "padding, or a mask of one's own, is not supported", hint="pass an unpadded prompt"
+        )
+
+
+def refuse_cache(cache: Cache) -> None:
+    """Raise `UnsupportedError` unless `cache` is a plain dynamic cache."""
+    if type(cache) is not DynamicCache:
+        raise UnsupportedError(
+            f"a {type(cache).__name__} is not supported while pruning", hint="use DynamicCache"
+        )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedError(
+            "an offloaded cache is not supported while pruning", hint="leave offloading off"
+        )

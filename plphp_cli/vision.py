@@ -1,0 +1,98 @@
+"""Which positions of a prompt hold vision tokens, and which image each belongs to."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plphp_cli.errors import ImageError, UnsupportedError
+from plphp_cli.pruning import Span
+
+# Where the families' configs say which id stands for one vision token of an image, and of a video.
+_IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+_VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
+_PIXELS = "pixel_values"
+_ENCODED = "mm_encoder_outputs"
+
+
+@dataclass(frozen=True, eq=False)
+class VisionTokens:
+    """Vision tokens of one prompt.
+
+    Attributes:
+        positions: LongTensor [n_v] of prompt positions, ascending.
+        spans: per image the half-open range of its tokens in `positions`; None when that is not known.
+    """
+
+    positions: Tensor
+    spans: tuple[Span, ...] | None
+
+
+def image_token_id(config: Any) -> int | None:
+    """The id that stands for one vision token in a prompt; None if the model's config names none."""
+    return _first_id(config, _IMAGE_TOKEN_NAMES)
+
+
+def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with the pixels replaced by the features of the model's own vision encoder.
+
+    This is what `generate` does before it prefills; it also tells how many tokens each image expands to.
+    Inputs without pixels, and models that do not take encoded images, are returned as they came.
+    """
+    encoder = getattr(getattr(model, "base_model", model), "get_image_features", None)
+    takes_features = _ENCODED in inspect.signature(model.forward).parameters
+    if inputs.get(_PIXELS) is None or inputs.get(_ENCODED) or encoder is None or not takes_features:
+        return dict(inputs)
+    names = inspect.signature(encoder).parameters
+    features = encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
+    return {**{k: v for k, v in inputs.items() if k != _PIXELS}, _ENCODED: {"image": features}}
+
+
+def find_vision_tokens(config: Any, inputs: Mapping[str, Any]) -> VisionTokens:
+    """Find the vision tokens of one prompt from what its prefill is called with.
+
+    Args:
+        config: the model's config.
+        inputs: the keyword arguments of the forward call: `input_ids` [1, N], pixels or encoded images.
+
+    Raises:
+        ImageError: the prompt's vision tokens are not as many as its images expand to.
+        UnsupportedError: the config names no image token, or the prompt holds video tokens.
+    """
+    ids = inputs["input_ids"][0]
+    token = image_token_id(config)
+    if token is None:
+        raise UnsupportedError(
+            f"{type(config).__name__} names no image token, so vision tokens cannot be told from text",
+            hint=f"expected one of {', '.join(_IMAGE_TOKEN_NAMES)} in the model's config",
+        )
+    video = _first_id(config, _VIDEO_TOKEN_NAMES)
+    if video is not None and video != token and bool((ids == video).any()):
+        raise UnsupportedError(
+            "the prompt holds video tokens; only images are pruned", hint="pass frames as images"
+        )
+    positions = (ids == token).nonzero().squeeze(-1)
+    features = getattr((inputs.get(_ENCODED) or {}).get("image"), "pooler_output", None)
+    if features is None and inputs.get(_PIXELS) is not None:
+        # The model encodes its images itself, and checks their number itself.
+        return VisionTokens(positions, None)
+    counts = [image.shape[:-1].numel() for image in features] if features is not None else []
+    if sum(counts) != positions.numel():
+        raise ImageError(
+            f"the prompt holds {positions.numel()} vision tokens, but its images expand to {sum(counts)}",
+            hint="give one image per image placeholder, prepared by the model's own processor",
+        )
+    if isinstance(features, Tensor):
+        # One tensor [tiles, tokens, width] does not say which tiles make up an image.
+        return VisionTokens(positions, None if len(counts) > 1 else ((0, counts[0]),))
+    stops = torch.tensor(counts, dtype=torch.long).cumsum(0).tolist()
+    return VisionTokens(positions, tuple(zip([0, *stops[:-1]], stops, strict=False)))
+
+
+def _first_id(config: Any, names: Sequence[str]) -> int | None:
+    return next(
+        (getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None
+    )
