@@ -23,63 +23,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from plphp_cli.cache import PrunableLayer, layer_bytes
+from plphp_cli.cache import PrunableLayer
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
-from plphp_cli.pruning import Cut, PLPHPPolicy, Policy, as_policy, last_token_attention
+from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
+from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
 
 BACKENDS = ("sdpa", "eager", "flex_attention")
 _PREFIX = "plphp_"
-
-
-@dataclass(frozen=True, eq=False)
-class LayerState:
-    """What one decoder layer kept of one prompt.
-
-    Attributes:
-        index: index of the layer in the decoder.
-        gamma: vision attention score in [0, 1]; None without vision tokens, or where nothing was scored.
-        group: `attentive`, `balanced`, `indifferent` or `skipped`; `sliding` or `linear` for a layer left
-            alone.
-        rate: retention rate r_l in [0, 1]; None where nothing was cut.
-        vision_tokens: vision tokens that each KV head holds; None for layers left alone.
-        kept: LongTensor [K, n_l] on the CPU, prompt positions of the vision tokens kept, ascending; None
-            if uncut.
-        held_bytes: keys and values of the prompt that are held after the cut.
-        full_bytes: what they would be had nothing been cut.
-        allocated_bytes: the storages behind them, with the room for new tokens.
-        kv_heads: K; None for layers that cache no keys and values.
-        head_dim: width of a key; None for layers that cache no keys and values.
-        prunable: False for sliding-window and linear attention, which are left alone.
-        clamped: True when the rate left [0, 1] and was clamped.
-    """
-
-    index: int
-    gamma: float | None
-    group: str | None
-    rate: float | None
-    vision_tokens: int | None
-    kept: Tensor | None
-    held_bytes: int
-    full_bytes: int
-    allocated_bytes: int
-    kv_heads: int | None
-    head_dim: int | None
-    prunable: bool
-    clamped: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class SequenceState:
-    """One pruned prompt: its layers, its length, and where its vision tokens are."""
-
-    layers: tuple[LayerState, ...]
-    prompt_tokens: int
-    vision: VisionTokens
-    attention: tuple[Tensor | None, ...] = ()
-    """Per layer the score rows, float32 [H, N]; empty unless `prune(..., keep_attention=True)`."""
 
 
 @dataclass(eq=False)
@@ -89,7 +42,7 @@ class _Forward:
     thread: int
     cache: Cache
     vision: VisionTokens | None = None
-    cuts: dict[int, Cut] = field(default_factory=dict)
+    states: dict[int, LayerState] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -98,8 +51,7 @@ class Pruner:
 
     Attributes:
         policy: what decides the cuts; None is the unpruned arm (in-place cache, nothing scored, nothing cut).
-        room: new tokens to make room for at the next prefill; None when unknown. `generate` sets it by
-            itself.
+        room: new tokens to make room for at the next prefill; None when unknown. `generate` sets it.
         sequences: the prompts of the latest generate call or prefill.
     """
 
@@ -211,7 +163,8 @@ class Pruner:
     ) -> None:
         """Score the layer from its last query, and hold what the policy keeps."""
         assert forward.vision is not None
-        layer, kept, vision = forward.cache.layers[index], None, forward.vision
+        layer: PrunableLayer = forward.cache.layers[index]
+        cut = kept = None
         if self.policy is not None or self._keep_attention:
             if options.get("position_bias") is not None:
                 raise UnsupportedError("attention with a position bias is not supported")
@@ -224,24 +177,21 @@ class Pruner:
             )
             if self._keep_attention:
                 forward.attention[index] = attention
-        if self.policy is not None:
-            positions = vision.positions.to(key.device)
-            cut = self.policy.cut(index, attention, positions, vision.spans, key.shape[1])
-            forward.cuts[index] = cut
-            if cut.kept.shape[1] < positions.numel():
-                kept = kept_positions(cut.kept, positions, key.shape[-2])
+            if self.policy is not None:
+                cut, kept = decide(self.policy, index, attention, forward.vision, key.shape[1])
         layer.hold(kept, self.room)
+        forward.states[index] = layer_state(index, layer, forward.vision, cut)
 
     def _record(self, forward: _Forward) -> SequenceState:
         assert forward.vision is not None
-        states = []
         for index, (kind, layer) in enumerate(zip(self._kinds, forward.cache.layers, strict=True)):
-            if kind == FULL and not layer.prompt_is_held:
+            if kind != FULL:
+                forward.states[index] = left_alone(index, layer, kind)
+            elif index not in forward.states:
                 raise UnsupportedError(f"layer {index} did not go through transformers' attention interface")
-            states.append(_layer_state(index, kind, layer, forward.cuts.get(index), forward.vision))
-        attention = tuple(forward.attention.get(index) for index in range(len(states)))
+        layers = tuple(state for _, state in sorted(forward.states.items()))
         seen = forward.cache.get_seq_length()
-        return SequenceState(tuple(states), seen, forward.vision, attention if self._keep_attention else ())
+        return SequenceState(layers, seen, forward.vision, forward.attention)
 
 
 @contextlib.contextmanager
@@ -256,11 +206,11 @@ def prune(
     Args:
         model: any transformers image-text-to-text model.
         policy: a config, a policy, or None for the same path with scoring and cutting switched off.
-        keep_attention: keep the score rows of the latest prompt (`SequenceState.attention`).
+        keep_attention: keep the score rows of the latest prompt, so that it can be cut anew (`cut_anew`).
 
     Raises:
-        UnsupportedError: the model, its attention back-end, or later a generation feature, is refused by
-        name. ConfigError: `skip_layers` names a layer that the model does not have.
+        UnsupportedError: the model, its attention back-end or, later, a generation feature is refused.
+        ConfigError: `skip_layers` names a layer that the model does not have.
         NestedPruneError: the model, or a part of it, is being pruned already.
     """
     decoder = model.get_decoder()
@@ -286,13 +236,6 @@ def prune(
         yield pruner
 
 
-def kept_positions(kept: Tensor, vision: Tensor, prompt_tokens: int) -> Tensor:
-    """Prompt positions that each head holds, LongTensor [K, n], ascending: text and `kept` [K, n_l]."""
-    text = torch.ones(prompt_tokens, dtype=torch.bool, device=vision.device)
-    text[vision] = False
-    return torch.cat([text.nonzero().T.expand(kept.shape[0], -1), kept], dim=-1).sort(dim=-1).values
-
-
 def _room(config: GenerationConfig, prompt: Tensor | None) -> int | None:
     """New tokens that a generate call can add at most; None when it does not say."""
     if config.max_new_tokens is not None:
@@ -316,37 +259,6 @@ def _decode_mask(layer: PrunableLayer, query: Tensor, mask: Any) -> Any:
     return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(
         ~visible, torch.finfo(query.dtype).min
     )[None, None]
-
-
-def _layer_state(index: int, kind: str, layer: Any, cut: Cut | None, vision: VisionTokens) -> LayerState:
-    held, allocated = layer_bytes(layer)
-    keys = getattr(layer, "keys", None)
-    kv_heads, head_dim = (None, None) if keys is None else (keys.shape[1], keys.shape[3])
-    if kind != FULL:
-        return LayerState(
-            index, None, kind, None, None, None, held, held, allocated, kv_heads, head_dim, False
-        )
-    full = layer.seen * layer.token_bytes
-    if cut is None:
-        tokens = vision.positions.numel()
-        return LayerState(
-            index, None, None, None, tokens, None, held, full, allocated, kv_heads, head_dim, True
-        )
-    return LayerState(
-        index=index,
-        gamma=cut.gamma,
-        group=cut.group,
-        rate=cut.rate,
-        vision_tokens=cut.kept.shape[1],
-        kept=cut.kept.to("cpu", copy=True),
-        held_bytes=held,
-        full_bytes=full,
-        allocated_bytes=allocated,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        prunable=True,
-        clamped=cut.clamped,
-    )
 
 
 def _check_layers(policy: Policy | None, count: int) -> None:

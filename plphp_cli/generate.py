@@ -1,0 +1,316 @@
+"""The decode engine behind every command: one prompt in, a stream of typed events out. Nothing here prints.
+
+    for event in stream(loaded, prompt, PLPHPConfig(), Settings(max_new_tokens=64)):
+        ...  # PrefillDone, then one Token per token, then Done
+
+`prefill`, `advance` and `decode` are its parts, for callers that prefill once and decode many times; they
+run inside `prune(model, ...)`. Positions are kept with each prompt and passed explicitly: Qwen-VL models
+remember the position offset of the last prompt they saw, so that prompts that take turns would decode at
+each other's positions.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from plphp_cli.attention import Pruner, prune
+from plphp_cli.cache import fork_cache
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import UnsupportedError, UsageError
+from plphp_cli.prompt import Prompt
+from plphp_cli.pruning import Policy, as_policy
+from plphp_cli.sequence import LayerState, SequenceState, cut_anew
+from plphp_cli.vision import encode_images
+
+if TYPE_CHECKING:
+    from plphp_cli.models import LoadedModel
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        temperature: above 0 samples; None or 0 takes the likeliest token.
+        top_p: in (0, 1], samples from the smallest set of tokens that holds this probability; None is the
+            model's.
+        seed: of the sampling.
+        stop_at_eos: False suppresses the end of sequence, so that exactly `max_new_tokens` come (for timing).
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature = {self.temperature:g}; expected a number of at least 0")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p = {self.top_p:g}; expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillDone:
+    """The prompt is in the cache, cut; `prefill_s` seconds from inputs on the device to the first logits."""
+
+    prefill_s: float
+    layers: tuple[LayerState, ...]
+    prompt_tokens: int
+    vision_tokens: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token.
+
+    Attributes:
+        index: 0 for the first new token.
+        token_id: its id.
+        text: what it adds to the text; empty while a character is incomplete, and for special tokens.
+        elapsed_s: seconds since the start of prefill at which its id was on the host. Time that the
+            consumer of the events spends between two of them does not count.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """The whole answer; `stop_reason` is `eos` or `length`. The ids include the end of sequence."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stop_reason: str
+
+
+Event = PrefillDone | Token | Done
+
+
+@dataclass(eq=False)
+class Prefilled:
+    """A prompt in a cache, ready for its next token.
+
+    Attributes:
+        input_ids: LongTensor [1, N], the prompt.
+        cache: the prompt's cache; whatever is decoded is added to it.
+        logits: float32 [vocab], what the model expects after the prompt.
+        positions: [..., 1], position of the last token seen; None for models that count by themselves.
+        state: what each layer kept.
+    """
+
+    input_ids: Tensor
+    cache: Cache
+    logits: Tensor
+    positions: Tensor | None
+    state: SequenceState
+
+    def fork(self, room: int | None = None) -> "Prefilled":
+        """A copy with a cache of its own and room for `room` new tokens: one prefill, decoded many times."""
+        cache = fork_cache(self.cache, room)
+        return Prefilled(self.input_ids, cache, self.logits, self.positions, self.state)
+
+    def cut(self, policy: PLPHPConfig | Policy | None, room: int | None = None) -> "Prefilled":
+        """A copy cut by `policy`, from a whole prefill that kept its attention; see `cut_anew`."""
+        cache, state = cut_anew(self.cache, self.state, as_policy(policy), room)
+        return Prefilled(self.input_ids, cache, self.logits, self.positions, state)
+
+
+def stream(
+    loaded: "LoadedModel",
+    prompt: Prompt,
+    policy: PLPHPConfig | Policy | None,
+    settings: Settings,
+    *,
+    clock: Clock = time.perf_counter,
+) -> Iterator[Event]:
+    """Answer one prompt: `PrefillDone`, one `Token` per new token, `Done`. Closing it restores the model.
+
+    Args:
+        loaded: the model, and the processor whose tokenizer makes the text.
+        prompt: the prompt, on the model's device.
+        policy: a config, a policy, or None for the unpruned arm.
+        settings: how to generate.
+        clock: seconds, for tests.
+
+    Raises:
+        UnsupportedError: the model or the prompt cannot be pruned, with the reason.
+        ImageError: the prompt's vision tokens are not as many as its images expand to.
+    """
+    watch = _Stopwatch(clock, prompt.inputs["input_ids"].device)
+    with prune(loaded.model, policy) as pruner:
+        prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
+        state = prefilled.state
+        done = PrefillDone(watch.elapsed(), state.layers, state.prompt_tokens, state.vision.positions.numel())
+        yield from watch.pausing(iter([done]))
+        yield from watch.pausing(_decode(loaded, prefilled, settings, watch))
+
+
+def decode(
+    loaded: "LoadedModel", prefilled: Prefilled, settings: Settings, *, clock: Clock = time.perf_counter
+) -> Iterator[Token | Done]:
+    """Decode from a prefilled prompt, inside `prune`; `elapsed_s` counts from the start of decoding."""
+    watch = _Stopwatch(clock, prefilled.input_ids.device)
+    yield from watch.pausing(_decode(loaded, prefilled, settings, watch))
+
+
+@torch.no_grad()
+def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | None = None) -> Prefilled:
+    """Run the prompt through the model under `pruner`; `room` is how many new tokens to make room for."""
+    model: Any = loaded.model
+    inputs: dict[str, Any] = dict(prompt.inputs)
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+    if mask is not None and not bool(mask.all()):
+        raise UnsupportedError("a padded prompt is not supported", hint="prepare one prompt at a time")
+    parameters = inspect.signature(model.forward).parameters
+    positions = None
+    if "position_ids" in parameters:
+        positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
+    inputs = encode_images(model, inputs)
+    pruner.room = room
+    output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
+    last = None if positions is None else positions[..., -1:]
+    return Prefilled(ids, output.past_key_values, output.logits[0, -1].float(), last, pruner.sequences[0])
+
+
+@torch.no_grad()
+def advance(loaded: "LoadedModel", prefilled: Prefilled, ids: Tensor) -> Tensor:
+    """Feed new tokens [1, q] to a prefilled prompt, inside `prune`; returns float32 logits [q, vocab]."""
+    positions = prefilled.positions
+    if positions is not None:
+        # The offset of multimodal positions stays with the prompt: the next position is the last one plus
+        # one.
+        positions = positions + torch.arange(1, ids.shape[1] + 1, device=positions.device)
+        prefilled.positions = positions[..., -1:]
+    output = _forward(loaded.model, ids, prefilled.cache, positions)
+    return output.logits[0].float()
+
+
+def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **inputs: Any) -> Any:
+    if positions is not None:
+        inputs["position_ids"] = positions
+    if model._supports_logits_to_keep():
+        inputs["logits_to_keep"] = 1 if inputs.get("is_first_iteration") else ids.shape[1]
+    arguments = model.prepare_inputs_for_generation(ids, past_key_values=cache, use_cache=True, **inputs)
+    return model(**arguments, return_dict=True)
+
+
+def _decode(
+    loaded: "LoadedModel", prefilled: Prefilled, settings: Settings, watch: "_Stopwatch"
+) -> Iterator[Token | Done]:
+    choose = _Sampler(loaded.model, prefilled.input_ids, settings)
+    text = _Text(loaded.processor)
+    ids, logits = prefilled.input_ids, prefilled.logits
+    for index in range(settings.max_new_tokens):
+        token = choose(ids, logits)
+        ids = torch.cat([ids, token], dim=-1)
+        token_id = int(token)
+        ended = token_id in choose.eos
+        last = ended or index + 1 == settings.max_new_tokens
+        yield Token(index, token_id, text.add(token_id, flush=last), watch.elapsed())
+        if last:
+            break
+        logits = advance(loaded, prefilled, token)[-1]
+    yield Done(text.text, tuple(text.ids), "eos" if ended else "length")
+
+
+class _Sampler:
+    """The next token from logits, by the logits processors that `generate` would use."""
+
+    def __init__(self, model: Any, prompt: Tensor, settings: Settings) -> None:
+        wanted = {"temperature": settings.temperature, "top_p": settings.top_p}
+        options = {name: value for name, value in wanted.items() if value is not None}
+        self.sample = bool(options) and settings.temperature != 0
+        config, _ = model._prepare_generation_config(
+            None,
+            do_sample=self.sample,
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=None if settings.stop_at_eos else settings.max_new_tokens,
+            **(options if self.sample else {}),
+        )
+        model._prepare_special_tokens(config, True, device=prompt.device, batch_size=1)
+        self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
+        self.processors = model._get_logits_processor(
+            config, prompt.shape[1], encoder_input_ids=prompt, device=prompt.device, model_kwargs={}
+        )
+        self.generator = torch.Generator(prompt.device).manual_seed(settings.seed)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """The next token [1, 1] after `ids` [1, n], from `logits` [vocab]."""
+        scores = self.processors(ids, logits[None].clone())
+        if self.sample:
+            return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
+        return scores.argmax(dim=-1, keepdim=True)
+
+
+class _Text:
+    """Text of a growing list of ids, given out as far as it is sure.
+
+    The last tokens are decoded again behind those before them, because a tokenizer may spell a token by its
+    neighbours (leading spaces) and a character may take several tokens (then it ends in U+FFFD and waits).
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._start = self._read = 0
+
+    def add(self, token_id: int, flush: bool = False) -> str:
+        """Add one id; returns the new text, with whatever is incomplete if `flush`."""
+        self.ids.append(token_id)
+        if self._tokenizer is None:
+            return ""
+        before = self._decode(self.ids[self._start : self._read])
+        now = self._decode(self.ids[self._start :])
+        if not flush and (now.endswith("\ufffd") or len(now) <= len(before)):
+            return ""
+        self._start, self._read = self._read, len(self.ids)
+        self.text += now[len(before) :]
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Stopwatch:
+    """Seconds since it was made, without those that pass between an event's delivery and the next request."""
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self._clock = clock
+        self._device = device
+        self._start = self._now()
+
+    def elapsed(self) -> float:
+        """Seconds, after the device has done all it was given."""
+        return self._now() - self._start
+
+    def pausing(self, events: Iterator[Any]) -> Iterator[Any]:
+        """The events, with the time that their consumer takes left out."""
+        for event in events:
+            before = self._clock()
+            yield event
+            self._start += self._clock() - before
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return self._clock()
