@@ -1,0 +1,86 @@
+"""Where and how a model runs: device, dtype and attention back-end, checked before anything loads."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from plphp_cli.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+
+
+def choose_device(name: str) -> "torch.device":
+    """The device that `auto`, `cpu`, `cuda`, `cuda:1` or `mps` names.
+
+    Raises:
+        UsageError: the name is none of these, or there is no such device here.
+    """
+    import torch
+
+    kind, _, ordinal = name.partition(":")
+    known = kind in ("auto", "cpu", "cuda", "mps") and (
+        not ordinal or (kind == "cuda" and ordinal.isdecimal())
+    )
+    if not known or name.endswith(":"):
+        raise UsageError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            why = (
+                "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is seen"
+            )
+            raise UsageError(
+                f"device {name}: {why}", hint="use --device cpu, or install a CUDA build of torch"
+            )
+        count = torch.cuda.device_count()
+        index = int(ordinal) if ordinal else torch.cuda.current_device()
+        if index >= count:
+            raise UsageError(f"device {name}: this machine has {count}, numbered from 0")
+        return torch.device("cuda", index)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device {name}: Metal is not available here", hint="use --device cpu")
+    return torch.device(kind)
+
+
+def choose_dtype(name: str, device: "torch.device", builtin: bool) -> Any:
+    """The torch dtype to load in, or `"auto"` for the checkpoint's own.
+
+    Raises:
+        UsageError: the name is none of `DTYPES`, or the device cannot compute in it.
+    """
+    import torch
+
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r}; expected {', '.join(DTYPES)}")
+    if name == "auto":
+        # The built-in weights are stored in float16 to be small; CPUs are slow in it and less exact.
+        return torch.float32 if builtin and device.type == "cpu" else "auto"
+    if (
+        name == "bfloat16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UsageError(f"device {device} does not compute in bfloat16", hint="use --dtype float16")
+    return getattr(torch, name)
+
+
+def check_attention(name: str, device: "torch.device") -> None:
+    """Refuse an attention back-end that cannot run.
+
+    Raises:
+        UsageError: the name is none of `ATTENTION`, or flash attention is asked for without CUDA.
+        ModelError: the flash-attn package is not installed.
+    """
+    if name not in ATTENTION:
+        raise UsageError(f"attention {name!r}; expected {', '.join(ATTENTION)}")
+    if name == "flash_attention_2":
+        if device.type != "cuda":
+            raise UsageError(f"attention {name} needs a CUDA device, not {device}", hint="use --attn sdpa")
+        if find_spec("flash_attn") is None:
+            raise ModelError(
+                f"attention {name} needs the package flash-attn", hint="install it, or use --attn sdpa"
+            )
