@@ -58,6 +58,12 @@ class ImageRecord:
     original_height: int
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def from_image(cls, image: Any) -> Self:
+        """The record of one `images.LoadedImage`."""
+        (width, height), (original_width, original_height) = image.image.size, image.original_size
+        return cls(image.path, image.sha256, width, height, original_width, original_height, image.notes)
+
 
 @dataclass(frozen=True)
 class GenerationRecord:
@@ -75,7 +81,8 @@ class LayerRecord:
     """One decoder layer after prefill and cut. Bytes are keys + values of the prompt, all KV heads together.
 
     `vision_tokens_kept` is per KV head (each head of a layer keeps the same number); `kv_bytes_full` is what
-    the layer would hold uncut; `kv_bytes_allocated` is its storage with the room for new tokens.
+    the layer would hold uncut; `kv_bytes_allocated` is its storage with the room for new tokens;
+    `clamped` says that the rate left [0, 1] and was clamped.
     """
 
     index: int
@@ -88,6 +95,7 @@ class LayerRecord:
     kv_bytes_full: int | None
     kv_bytes_allocated: int | None = None
     kv_heads: int | None = None
+    clamped: bool = False
 
     @classmethod
     def from_state(cls, state: Any) -> Self:
@@ -103,6 +111,7 @@ class LayerRecord:
             kv_bytes_full=state.full_bytes,
             kv_bytes_allocated=state.allocated_bytes,
             kv_heads=state.kv_heads,
+            clamped=state.clamped,
         )
 
 

@@ -477,22 +477,27 @@ def test_the_bos_token_stands_once(toy, pictures):
         assert ids(toy, models.prepare(toy, pictures[:1], text)).count(BOS) == 1
 
 
+CONTROL = [BOS, "</s>", "<pad>", USER, ASSISTANT]
+
+
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(
-        st.sampled_from([BOS, "</s>", "<pad>", USER, ASSISTANT, "<ima", "ge>", " what ", "\ue000", "\n"]),
-        min_size=1,
-    ),
+    st.lists(st.sampled_from([*CONTROL, "<pa", "d>", " what ", "\ue000", "\n"]), min_size=1),
     st.integers(0, 3),
 )
 def test_typed_special_tokens_stay_text(toy, pictures, pieces, count):
-    text = "see " + "".join(pieces).replace(IMAGE, "")
+    text = "see " + "".join(pieces)
     prompt = models.prepare(toy, pictures[:count], text)
     tokens = ids(toy, prompt)
     assert tokens.count(IMAGE) == prompt.vision_tokens == count * TOKENS_PER_IMAGE
-    assert [tokens.count(token) for token in (BOS, "</s>", "<pad>", USER, ASSISTANT)] == [1, 0, 0, 1, 1]
-    typed = any(token in text for token in (BOS, "</s>", "<pad>", USER, ASSISTANT))
-    assert bool(prompt.notes) == typed
+    assert [tokens.count(token) for token in CONTROL] == [1, 0, 0, 1, 1]
+    assert bool(prompt.notes) == any(token in text for token in CONTROL)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_image_token_hidden_around_another_token_is_refused(toy, pictures, count):
+    with pytest.raises(ImageError, match="refuses the prompt"):
+        models.prepare(toy, pictures[:count], f"see <ima{BOS}ge>")
 
 
 def test_a_typed_image_token_of_another_spelling_stays_text(broken, pictures):

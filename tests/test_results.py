@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from plphp_cli import results
 from plphp_cli.config import PLPHPConfig
@@ -46,6 +47,7 @@ LAYERS = st.builds(
     kv_bytes_full=maybe(BYTES),
     kv_bytes_allocated=maybe(BYTES),
     kv_heads=maybe(BYTES),
+    clamped=st.booleans(),
 )
 ARMS = st.builds(
     ArmRecord,
@@ -234,10 +236,56 @@ def test_a_layer_record_from_a_state():
     state = SimpleNamespace(
         index=3, gamma=math.nan, group=None, rate=None, vision_tokens=5, held_bytes=640, full_bytes=1280
     )
-    state.allocated_bytes, state.kv_heads = 700, 4
+    state.allocated_bytes, state.kv_heads, state.clamped = 700, 4, True
     layer = LayerRecord.from_state(state)
     assert layer.gamma is None
-    assert layer.kv_bytes_held_per_head == 160
+    assert (layer.kv_bytes_held_per_head, layer.clamped) == (160, True)
+
+
+def test_the_record_of_a_real_run_adds_up_and_round_trips(tmp_path):
+    from toy_model import save_toy_llava
+
+    from plphp_cli import generate, models
+    from plphp_cli.environment import environment
+    from plphp_cli.images import load_image
+    from plphp_cli.memory import MemorySampler
+
+    Image.new("RGB", (9, 5), "red").save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    loaded = models.load(str(save_toy_llava(tmp_path / "toy")), device="cpu")
+    prompt = models.prepare(loaded, [image], "what?")
+    config = PLPHPConfig()
+    with MemorySampler(loaded.device) as sampler:
+        prefill, *tokens, done = generate.stream(
+            loaded, prompt, config, generate.Settings(max_new_tokens=20, stop_at_eos=False)
+        )
+    layers = tuple(LayerRecord.from_state(state) for state in prefill.layers)
+    arm = ArmRecord.from_stream(
+        text=done.text,
+        token_ids=done.token_ids,
+        elapsed_s=[token.elapsed_s for token in tokens],
+        preprocess_s=prompt.preprocess_s,
+        prefill_s=prefill.prefill_s,
+        stop_reason=done.stop_reason,
+        layers=layers,
+    )
+    record = a_run(
+        pruned=arm,
+        layers=layers,
+        images=(ImageRecord.from_image(image),),
+        memory=MemoryByArm(pruned=sampler.record()),
+        environment=environment(loaded=loaded, config=config, images=[image], prompt="what?"),
+        bound=results.decode_bound(models.decoder_weight_bytes(loaded), arm.kv_bytes_held, arm.kv_bytes_full),
+    )
+    assert results.from_json(results.to_json(record)) == record
+    assert arm.ttft_s >= arm.prefill_s
+    assert arm.decode_tokens_per_s > 0
+    # 3 layers, 2 KV heads of 8 float32 keys and values.
+    assert arm.kv_bytes_full == 3 * 2 * 8 * 4 * 2 * prompt.prompt_tokens
+    assert arm.kv_bytes_held < arm.kv_bytes_full
+    assert [layer.kv_bytes_held_per_head * layer.kv_heads for layer in layers] == [
+        layer.kv_bytes_held for layer in layers
+    ]
 
 
 def test_ratios_name_both_arms_and_favour_pruning_above_one():

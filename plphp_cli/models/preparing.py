@@ -56,7 +56,7 @@ def prepare(
         _check_text("system message", system)
     messages = _messages(images, prompt_text, system)
     template, notes = _template(loaded)
-    typed = _special_tokens(loaded, prompt_text.replace(PLACEHOLDER, ""), system or "")
+    typed = _special_tokens(loaded, *prompt_text.split(PLACEHOLDER), system or "")
     started = time.perf_counter()
     with quiet():
         text = _render(loaded, messages, template)
