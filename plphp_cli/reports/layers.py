@@ -1,4 +1,4 @@
-"""The layer table: gamma_l as a bar, group, rate, tokens kept, bytes. As wide and as high as it is allowed."""
+"""The layer table: gamma_l as a bar, group, rate, tokens kept, bytes; as large as it may be."""
 
 import math
 from collections import Counter
@@ -119,10 +119,8 @@ def _columns(rows: Sequence[LayerRow], vision_tokens: int | None, scale: float, 
     for name in ("KV/head", "rate", "group", "KV/layer"):
         if sum(column.width + 1 for column in by_name.values()) > width:
             del by_name[name]
-    order = [
-        name for name in ("layer", "gamma", "group", "rate", "kept", "KV/head", "KV/layer") if name in by_name
-    ]
-    columns = [by_name[name] for name in order]
+    order = ("layer", "gamma", "group", "rate", "kept", "KV/head", "KV/layer")
+    columns = [by_name[name] for name in order if name in by_name]
     room = min(width - sum(column.width + 1 for column in columns) - 1, _MAX_BAR)
     title = f"0 to {scale:g}"
     if room >= max(_MIN_BAR, len(title)):

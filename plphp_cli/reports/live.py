@@ -1,4 +1,4 @@
-"""The live view: snapshots in, one screenful out, drawn anew several times a second by a thread of its own."""
+"""The live view: snapshots in, one screenful out, drawn several times a second by its own thread."""
 
 import sys
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What the live view shows: immutable snapshots, replaced whole by the one who works, read by the one who draws."""
+"""What the live view shows: immutable snapshots, replaced whole by who works, read by who draws."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from plphp_cli.memory import MemorySnapshot
@@ -97,4 +97,4 @@ class LiveSnapshot:
     pruned: ArmSnapshot
     unpruned: ArmSnapshot | None
     vision_tokens: int | None = None
-    memory: MemorySnapshot = MemorySnapshot()
+    memory: MemorySnapshot = field(default_factory=MemorySnapshot)

@@ -1,9 +1,10 @@
-"""What `plphp run` prints at the end: the two arms side by side, the layer table, and what to make of them."""
+"""What `plphp run` prints at the end: the two arms side by side, the layer table, what to make of them."""
 
 from collections.abc import Callable
 
 from rich.text import Text
 
+from plphp_cli.config import PLPHPConfig
 from plphp_cli.reports.diff import DIFFERENT_STYLE, marked, word_diff
 from plphp_cli.reports.layers import layer_lines
 from plphp_cli.reports.summary import SINGLE_SAMPLE, remarks, verdict
@@ -42,9 +43,8 @@ def run_report(record: RunRecord, width: int, colour: bool) -> list[Text]:
     return lines
 
 
-def config_line(record_or_config: RunRecord) -> str:
+def config_line(config: PLPHPConfig) -> str:
     """The config in one line, in the paper's symbols."""
-    config = record_or_config.config
     parts = [f"{name} {getattr(config, name):g}" for name in ("r", "delta_r", "alpha", "beta")]
     if config.scope != "prompt":
         parts.append(f"scope {config.scope}")
