@@ -37,7 +37,7 @@ def remarks(record: RunRecord) -> list[str]:
     if ttft is not None and ttft < 1 - _NOISE and unpruned is not None:
         found.append(
             f"The first token came later with pruning ({format_seconds(pruned.ttft_s)} against "
-            f"{format_seconds(unpruned.ttft_s)}): scoring and cutting are part of prefill, which gets no shorter."
+            f"{format_seconds(unpruned.ttft_s)}): scores and cuts add to prefill, which gets no shorter."
         )
     if 0 < pruned.new_tokens < 12 and pruned.stop_reason == "eos":
         found.append(

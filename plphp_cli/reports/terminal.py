@@ -36,7 +36,7 @@ def run_report(record: RunRecord, width: int, colour: bool) -> list[Text]:
     if table:
         lines += [Text(), _rule("layers after the cut", width), *table]
     lines.append(Text())
-    for sentence in (verdict(record), *remarks(record), *record.notes):
+    for sentence in (verdict(record), *remarks(record)):
         lines += wrapped(Text(visible(sentence)), width)
     if record.unpruned is not None:
         lines += wrapped(Text(SINGLE_SAMPLE, style="dim"), width)

@@ -1,0 +1,299 @@
+"""Options that commands share, and the checks of what was typed. Nothing here loads torch."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import ConfigError, UsageError
+from plphp_cli.reports.text import one_line
+from plphp_cli.results import GenerationRecord
+
+MULTI_VALUE = ("--image",)
+MAX_PROMPT_BYTES = 1 << 22
+
+_INPUT, _PRUNING, _GENERATION, _MODEL, _OUTPUT = "Input", "Pruning", "Generation", "Model", "Output"
+
+ImageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="FILE...", help="Image files: several values, or repeated.", rich_help_panel=_INPUT
+    ),
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What to ask; - reads stdin.", rich_help_panel=_INPUT),
+]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=_INPUT)
+]
+MaxPixelsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Reduce larger images to N pixels: fewer vision tokens, pruning's natural rival.",
+        rich_help_panel=_INPUT,
+    ),
+]
+ModelOption = Annotated[
+    str, typer.Option(metavar="NAME", help="builtin, a folder, or a hub id.", rich_help_panel=_MODEL)
+]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16.", rich_help_panel=_MODEL)
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=_MODEL)
+]
+AttnOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Attention back-end: sdpa, eager.", rich_help_panel=_MODEL)
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="Config that calibrate wrote.", rich_help_panel=_PRUNING),
+]
+ROption = Annotated[
+    float | None, typer.Option("--r", metavar="X", help="Base retention rate.", rich_help_panel=_PRUNING)
+]
+DeltaROption = Annotated[
+    float | None,
+    typer.Option(
+        "--delta-r",
+        metavar="X",
+        help="What attentive layers gain on r and indifferent ones lose.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="gamma from which a layer is attentive.", rich_help_panel=_PRUNING),
+]
+BetaOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="gamma below which a layer is indifferent.", rich_help_panel=_PRUNING),
+]
+ScopeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Rank vision tokens per prompt or per image.", rich_help_panel=_PRUNING
+    ),
+]
+HeadReduceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How query heads that share a KV head score a token: mean or max.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+SkipLayersOption = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Layers never cut, e.g. 0,5-7; or none.", rich_help_panel=_PRUNING),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(metavar="N", help="Longest answer.", rich_help_panel=_GENERATION)
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="Sample at this temperature; default greedy.", rich_help_panel=_GENERATION
+    ),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="X",
+        help="Sample from the likeliest tokens of this probability.",
+        rich_help_panel=_GENERATION,
+    ),
+]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Of sampling.", rich_help_panel=_GENERATION)]
+NoBaselineOption = Annotated[
+    bool,
+    typer.Option("--no-baseline", metavar="", help="Leave out the unpruned run.", rich_help_panel=_OUTPUT),
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the record; - writes it to stdout.", rich_help_panel=_OUTPUT
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", metavar="", help="Overwrite an existing file.", rich_help_panel=_OUTPUT)
+]
+NoLiveOption = Annotated[
+    bool, typer.Option("--no-live", metavar="", help="No live view on a terminal.", rich_help_panel=_OUTPUT)
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", metavar="", help="Show tracebacks.", rich_help_panel=_OUTPUT)
+]
+
+
+class MultiValueCommand(TyperCommand):
+    """A command whose `--image a b` means `--image a --image b`: options take one value by themselves."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each further value, then parse as usual."""
+        return super().parse_args(ctx, repeat_options(args))
+
+
+def repeat_options(args: Sequence[str], names: Sequence[str] = MULTI_VALUE) -> list[str]:
+    """`args` with the name of a multi-value option before each of its values.
+
+    A value that starts with `-` ends the list; a file of such a name is given as `--image=-name`.
+    """
+    repeated: list[str] = []
+    current: str | None = None
+    fresh = False
+    for position, word in enumerate(args):
+        if word == "--":
+            return [*repeated, *args[position:]]
+        if word.startswith("-") and word != "-":
+            name = word.partition("=")[0]
+            current = name if name in names else None
+            fresh = current is not None and "=" not in word
+        elif current is not None and not fresh:
+            repeated.append(current)
+        else:
+            fresh = False
+        repeated.append(word)
+    return repeated
+
+
+def overrides(
+    *,
+    r: float | None = None,
+    delta_r: float | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    scope: str | None = None,
+    head_reduce: str | None = None,
+    skip_layers: str | None = None,
+) -> dict[str, Any]:
+    """The knobs that were named on the command line."""
+    given: dict[str, Any] = {
+        "r": r,
+        "delta_r": delta_r,
+        "alpha": alpha,
+        "beta": beta,
+        "scope": scope,
+        "head_reduce": head_reduce,
+        "skip_layers": None if skip_layers is None else parse_layers(skip_layers),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer indices from `0,5-7`, or none from `none`. Raises `ConfigError`."""
+    if text.strip().lower() in ("", "none"):
+        return ()
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) > 9999:
+            raise ConfigError(
+                f"skip layers {one_line(text)!r}; expected layer indices", hint="e.g. 0,5-7, or none"
+            )
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(layers)
+
+
+def choose_config(model: str, config_file: str | None, knobs: dict[str, Any]) -> tuple[PLPHPConfig, str]:
+    """The config of a run, and in a few words where it comes from.
+
+    `--config` goes before the model's own default; knobs given one by one go before both. Thresholds given by
+    hand are not calibrated ones.
+
+    Raises:
+        ConfigError: the file or a knob is invalid.
+    """
+    from plphp_cli.models import BUILTIN
+    from plphp_cli.models.loaded import CONFIG_NAME
+    from plphp_cli.models.sources import BUILTIN_FOLDER
+
+    builtin = BUILTIN_FOLDER / CONFIG_NAME
+    if config_file is not None:
+        config, origin = PLPHPConfig.from_file(config_file), f"from {one_line(config_file)}"
+        origin += ", calibrated" if config.calibrated else ""
+    elif model == BUILTIN and builtin.is_file():
+        config, origin = PLPHPConfig.from_file(builtin), "the built-in model's own, calibrated on it"
+    else:
+        config, origin = PLPHPConfig(), "defaults, not calibrated for this model"
+    if {"alpha", "beta"} & knobs.keys():
+        knobs = {**knobs, "calibrated": False, "calibrated_on": None}
+    if knobs:
+        origin += ", changed by options"
+    return config.replace(**knobs), origin
+
+
+def check_generation(
+    max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int
+) -> GenerationRecord:
+    """The settings of generation, checked before anything is loaded. Raises `UsageError`."""
+    if max_new_tokens < 1:
+        raise UsageError(f"max-new-tokens = {max_new_tokens}; expected 1 or more")
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise UsageError(f"temperature = {temperature:g}; expected a number of 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"top-p = {top_p:g}; expected a number above 0, at most 1")
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed = {seed}; expected a whole number from 0 to 2^63 - 1")
+    return GenerationRecord(max_new_tokens, temperature, top_p, seed)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt as text; `-` reads it from stdin.
+
+    Raises:
+        UsageError: it is missing or blank, not UTF-8, or longer than any model could read.
+    """
+    if prompt is None:
+        raise UsageError("no prompt was given", hint="say what to ask with --prompt, or --prompt - for stdin")
+    where = "prompt"
+    if prompt == "-":
+        where = "prompt from stdin"
+        prompt = _read_stdin()
+    return check_text(where, prompt)
+
+
+def check_text(where: str, text: str) -> str:
+    """`text` if a model can be asked it. Raises `UsageError` when it is blank or was not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the {where} is not UTF-8 text", hint="check its encoding") from error
+    if not text.strip():
+        raise UsageError(f"the {where} is blank", hint="say what you want to know")
+    return text
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise UsageError("there is no stdin to read the prompt from", hint="give the text with --prompt")
+    if sys.stdin.isatty():
+        print("reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
+    content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(content) > MAX_PROMPT_BYTES:
+        raise UsageError("the prompt from stdin is longer than 4 MiB", hint="shorten it")
+    try:
+        return content.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt from stdin is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}",
+            hint="convert it, e.g. with iconv -t utf-8",
+        ) from error
+
+
+def check_json_target(path: str | None, force: bool) -> None:
+    """Fail before the work where writing the record would fail after it. Raises `UsageError`."""
+    from plphp_cli.results import check_writable
+
+    if path == "":
+        raise UsageError("--json is empty", hint="name a file, or - for stdout")
+    if path is not None and path != "-":
+        check_writable(Path(path), force)

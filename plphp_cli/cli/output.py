@@ -1,0 +1,90 @@
+"""Where things are written: the answer to stdout, all else to stderr, and the live view on a terminal."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from plphp_cli.reports.live import LiveView, restore
+from plphp_cli.reports.snapshot import LiveSnapshot
+from plphp_cli.reports.text import for_encoding, one_line, visible
+
+
+def say(message: str, style: str = "") -> None:
+    """One line on stderr; control characters in it are shown, never obeyed."""
+    print_lines([Text(one_line(message), style)])
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """`error: message` and a line with the hint on stderr."""
+    # Plain writes: an error must come out whole, whatever the terminal's width.
+    lines = [f"error: {one_line(message)}"] + ([f"hint: {one_line(hint)}"] if hint else [])
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.flush()
+
+
+def print_lines(lines: Sequence[Text], console: Console | None = None) -> None:
+    """Lines on stderr, styled where it is a terminal."""
+    console = console or stderr_console()
+    for line in lines:
+        console.print(for_encoding(line, console.encoding), soft_wrap=True)
+
+
+def stderr_console() -> Console:
+    """A console on stderr that interprets neither markup nor emoji codes, nor highlights numbers."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def live_is_possible(wanted: bool, json_target: str | None) -> bool:
+    """Whether the live view may be drawn: both streams are a terminal that can do it, and stdout is free."""
+    terminals = all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+    return wanted and terminals and json_target != "-" and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class Answer:
+    """The answer as it is generated, on stdout: each piece at once, controls as visible escapes."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled and sys.stdout is not None
+        self._open = False
+
+    def write(self, text: str) -> None:
+        """Write and flush a piece. Raises `BrokenPipeError` when nobody reads any more."""
+        if self._enabled and text:
+            self._open = True
+            sys.stdout.write(visible(text))
+            sys.stdout.flush()
+
+    def end(self) -> None:
+        """End the line, if one was begun."""
+        if self._open:
+            self._open = False
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def write_stdout(text: str) -> None:
+    """A whole text on stdout, ended by a line break."""
+    if sys.stdout is not None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def live_view(source: Callable[[], LiveSnapshot]) -> Iterator[None]:
+    """The live view while the context is open; what is written to stderr meanwhile comes out after it."""
+    console, held = stderr_console(), io.StringIO()
+    stderr = sys.stderr
+    try:
+        with contextlib.redirect_stderr(held), LiveView(console, source):
+            yield
+    finally:
+        restore(console)
+        if text := held.getvalue():
+            stderr.write(visible(text))
+            stderr.flush()

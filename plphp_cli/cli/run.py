@@ -1,0 +1,159 @@
+"""`plphp run`: answer a prompt about images with PLPHP, then without, and compare."""
+
+import contextlib
+import sys
+
+import typer
+
+from plphp_cli.cli import options as opt
+from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.output import (
+    Answer,
+    live_is_possible,
+    live_view,
+    print_lines,
+    say,
+    stderr_console,
+    write_stdout,
+)
+from plphp_cli.cli.session import PRUNED, UNPRUNED, RunRequest, RunSession
+from plphp_cli.errors import UsageError
+from plphp_cli.images import load_image
+from plphp_cli.reports.terminal import config_line, run_report
+from plphp_cli.results import to_json, write_text
+
+
+def run(
+    context: typer.Context,
+    image: opt.ImageOption = None,
+    prompt: opt.PromptOption = None,
+    system: opt.SystemOption = None,
+    max_pixels: opt.MaxPixelsOption = None,
+    model: opt.ModelOption = "builtin",
+    dtype: opt.DtypeOption = "auto",
+    device: opt.DeviceOption = "auto",
+    attn: opt.AttnOption = "sdpa",
+    config: opt.ConfigOption = None,
+    r: opt.ROption = None,
+    delta_r: opt.DeltaROption = None,
+    alpha: opt.AlphaOption = None,
+    beta: opt.BetaOption = None,
+    scope: opt.ScopeOption = None,
+    head_reduce: opt.HeadReduceOption = None,
+    skip_layers: opt.SkipLayersOption = None,
+    max_new_tokens: opt.MaxNewTokensOption = 128,
+    temperature: opt.TemperatureOption = None,
+    top_p: opt.TopPOption = None,
+    seed: opt.SeedOption = 0,
+    no_baseline: opt.NoBaselineOption = False,
+    json: opt.JsonOption = None,
+    force: opt.ForceOption = False,
+    no_live: opt.NoLiveOption = False,
+    debug: opt.DebugOption = False,
+) -> int:
+    """Answer a prompt about images with PLPHP, then without, and compare text, speed and memory.
+
+    On a terminal a live view shows both; otherwise stdout is the answer alone.
+    """
+    opt.check_json_target(json, force)
+    generation = opt.check_generation(max_new_tokens, temperature, top_p, seed)
+    knobs = opt.overrides(
+        r=r,
+        delta_r=delta_r,
+        alpha=alpha,
+        beta=beta,
+        scope=scope,
+        head_reduce=head_reduce,
+        skip_layers=skip_layers,
+    )
+    chosen, origin = opt.choose_config(model, config, knobs)
+    if not image:
+        raise UsageError("no image was given", hint="name one or more files with --image")
+    text = opt.read_prompt(prompt)
+    if system is not None:
+        opt.check_text("system message", system)
+    request = RunRequest(
+        images=tuple(load_image(path, max_pixels) for path in image),
+        prompt=text,
+        system=system,
+        model=model,
+        config=chosen,
+        config_origin=origin,
+        generation=generation,
+        baseline=not no_baseline,
+        dtype=dtype,
+        device=device,
+        attn=attn,
+        command=tuple(context.obj or sys.argv),
+    )
+    return execute(request, json_target=json, force=force, live=not no_live)
+
+
+def execute(request: "RunRequest", *, json_target: str | None, force: bool, live: bool) -> int:
+    """Run a checked request, write and print what came of it, and return the exit code.
+
+    Raises:
+        PLPHPError: it failed; what was known by then has been written and printed.
+        BrokenPipeError: nobody reads the output any more; what was known by then is in the JSON file.
+    """
+    with_view = live_is_possible(live, json_target)
+    answer = Answer(enabled=not with_view and json_target != "-")
+    say(f"config: {request.config_origin}: {config_line(request.config)}")
+    interrupted, failure = False, None
+    with Interrupts() as interrupts:
+        session = RunSession(request, say, answer.write, interrupts.check)
+        try:
+            _work(session, request.baseline, with_view)
+            interrupts.check()
+        except KeyboardInterrupt:
+            interrupted = True
+        except Exception as error:
+            # An interrupted import or kernel may surface as an error of its own.
+            interrupted = interrupts.received is not None
+            failure = None if interrupted else error
+            if failure is not None and not (session.answered or isinstance(failure, BrokenPipeError)):
+                raise
+        if interrupted or isinstance(failure, BrokenPipeError):
+            session.interrupt()
+        _finish(session, answer, json_target, force, interrupted, failure)
+    if failure is not None:
+        raise failure
+    return interrupts.exit_code if interrupted else 0
+
+
+def _work(session: RunSession, baseline: bool, with_view: bool) -> None:
+    session.load()
+    with live_view(lambda: session.snapshot) if with_view else contextlib.nullcontext():
+        session.warm_up()
+        session.run_arm(PRUNED)
+        if baseline:
+            session.run_arm(UNPRUNED)
+
+
+def _finish(
+    session: RunSession,
+    answer: Answer,
+    json_target: str | None,
+    force: bool,
+    interrupted: bool,
+    failure: Exception | None,
+) -> None:
+    """Write the record, then print the report: an impatient Ctrl-C costs the report first."""
+    unread = isinstance(failure, BrokenPipeError)
+    notes = [] if failure is None or unread else [f"the unpruned arm failed: {failure}"]
+    record = session.record(interrupted or unread, notes)
+    if json_target is not None and json_target != "-":
+        write_text(json_target, to_json(record) + "\n", force)
+    if unread:
+        return
+    answer.end()
+    if json_target == "-":
+        write_stdout(to_json(record))
+    console = stderr_console()
+    if session.started:
+        colour = console.color_system is not None and not console.no_color
+        print_lines(run_report(record, console.width, colour), console)
+    if interrupted:
+        say("interrupted" if session.started else "interrupted before anything was generated")
+    if json_target is not None and json_target != "-":
+        say(f"record: {json_target}")

@@ -1,0 +1,282 @@
+"""The work of `plphp run`: both arms of one prompt. What is known at any moment survives an interruption."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.images import LoadedImage
+from plphp_cli.memory import MemorySampler, MemorySnapshot
+from plphp_cli.reports.snapshot import DECODING, DONE, INTERRUPTED, PREFILL, ArmSnapshot, LiveSnapshot
+from plphp_cli.reports.terminal import config_line
+from plphp_cli.results import (
+    ArmRecord,
+    BoundRecord,
+    GenerationRecord,
+    ImageRecord,
+    LayerRecord,
+    MemoryByArm,
+    MemoryRecord,
+    RunRecord,
+    decode_bound,
+    run_ratios,
+)
+
+if TYPE_CHECKING:
+    from plphp_cli.generate import Settings
+    from plphp_cli.models import LoadedModel
+    from plphp_cli.prompt import Prompt
+
+PRUNED, UNPRUNED = "pruned", "unpruned"
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asked for, checked as far as that is possible without the model."""
+
+    images: tuple[LoadedImage, ...]
+    prompt: str
+    system: str | None
+    model: str
+    config: PLPHPConfig
+    config_origin: str
+    generation: GenerationRecord
+    baseline: bool
+    dtype: str
+    device: str
+    attn: str
+    command: tuple[str, ...]
+
+
+class RunSession:
+    """One run. The main thread works; another thread may read `snapshot` at any time.
+
+    Args:
+        request: what to run.
+        say: takes notes for the user.
+        answer: takes the pruned arm's text, piece by piece.
+        check: called between tokens; raises `KeyboardInterrupt` when the user wants to stop.
+    """
+
+    def __init__(
+        self,
+        request: RunRequest,
+        say: Callable[[str], None],
+        answer: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._request = request
+        self._say, self._answer, self._check = say, answer, check
+        self._loaded: LoadedModel | None = None
+        self._prompt: Prompt | None = None
+        self._sampler: MemorySampler | None = None
+        self._memory: dict[str, MemoryRecord] = {}
+        self._stop_reasons: dict[str, str] = {}
+        self._token_ids: dict[str, list[int]] = {PRUNED: [], UNPRUNED: []}
+        self._view = LiveSnapshot(
+            title=f"plphp run  {request.model}",
+            config=f"{config_line(request.config)}  ({request.config_origin})",
+            stage="loading",
+            pruned=ArmSnapshot(PRUNED),
+            unpruned=ArmSnapshot(UNPRUNED) if request.baseline else None,
+        )
+
+    @property
+    def snapshot(self) -> LiveSnapshot:
+        """Everything a view shows, as of now."""
+        sampler = self._sampler
+        return replace(self._view, memory=MemorySnapshot() if sampler is None else sampler.latest)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the pruned arm is complete."""
+        return self._view.pruned.phase == DONE
+
+    @property
+    def started(self) -> bool:
+        """Whether there is anything to report."""
+        return self._view.pruned.prefill_s is not None
+
+    def load(self) -> None:
+        """Load the model and prepare the prompt. Raises what `models.load` and `models.prepare` raise."""
+        request = self._request
+        self._say(f"loading {request.model}")
+        # What takes seconds to import is imported when it is needed.
+        from plphp_cli.models import load
+
+        self._check()
+        loaded = load(request.model, dtype=request.dtype, device=request.device, attn=request.attn)
+        self._check()
+        self._loaded = loaded
+        self._prepare()
+        self._prepare()  # the first time is a warm-up: processors set themselves up
+        assert self._prompt is not None
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        images, prompt = len(request.images), self._prompt
+        what = (
+            f"{loaded.name} ({dtype}, {loaded.device}, {loaded.attn}), {images} image{'s'[: images != 1]}, "
+            f"{prompt.prompt_tokens} tokens, {prompt.vision_tokens} vision"
+        )
+        for note in prompt.notes:
+            self._say(f"note: {note}")
+        self._say(what)
+        self._view = replace(
+            self._view, title=f"plphp run  {what}", stage="warm-up", vision_tokens=prompt.vision_tokens
+        )
+
+    def warm_up(self) -> None:
+        """One short pass of the pruned arm that counts for nothing."""
+        self._view = replace(self._view, stage="warm-up, discarded")
+        short = min(WARM_UP_TOKENS, self._request.generation.max_new_tokens)
+        for _ in self._stream(self._request.config, self._settings(short)):
+            self._check()
+
+    def run_arm(self, name: str) -> None:
+        """Generate with the config (`pruned`) or with scoring and cutting switched off (`unpruned`)."""
+        assert self._prompt is not None
+        assert self._loaded is not None
+        number = f"{1 if name == PRUNED else 2} of {2 if self._request.baseline else 1}"
+        self._say(f"{name} arm ({number})")
+        self._view = replace(self._view, stage=f"{name} arm, {number}")
+        arm = ArmSnapshot(
+            name,
+            PREFILL,
+            preprocess_s=self._prompt.preprocess_s,
+            prompt_tokens=self._prompt.prompt_tokens,
+        )
+        self._show(arm)
+        policy = self._request.config if name == PRUNED else None
+        settings = self._settings(self._request.generation.max_new_tokens)
+        sampler = MemorySampler(self._loaded.device)
+        try:
+            with sampler:
+                self._sampler = sampler
+                self._follow(arm, self._stream(policy, settings))
+        finally:
+            self._memory[name] = sampler.record()
+
+    def interrupt(self) -> None:
+        """Mark the arm that was at work as interrupted."""
+        for arm in (self._view.pruned, self._view.unpruned):
+            if arm is not None and arm.phase in (PREFILL, DECODING):
+                self._show(replace(arm, phase=INTERRUPTED))
+                self._stop_reasons[arm.name] = INTERRUPTED
+        if self._view.pruned.phase not in (DONE, INTERRUPTED):
+            self._stop_reasons[PRUNED] = INTERRUPTED
+
+    def record(self, interrupted: bool, notes: Sequence[str] = ()) -> RunRecord:
+        """What is known so far, as a record."""
+        from plphp_cli.environment import environment
+
+        request, prompt, loaded = self._request, self._prompt, self._loaded
+        pruned = self._arm_record(self._view.pruned)
+        unpruned = self._view.unpruned
+        compared = None
+        if unpruned is not None and unpruned.phase in (DONE, INTERRUPTED):
+            compared = self._arm_record(unpruned)
+        return RunRecord(
+            model=request.model if loaded is None else loaded.name,
+            config=request.config,
+            prompt=request.prompt,
+            system=request.system,
+            generation=request.generation,
+            prompt_tokens=None if prompt is None else prompt.prompt_tokens,
+            vision_tokens=None if prompt is None else prompt.vision_tokens,
+            images=tuple(_image_record(image) for image in request.images),
+            pruned=pruned,
+            unpruned=compared,
+            layers=self._view.pruned.layers,
+            memory=MemoryByArm(
+                self._memory.get(PRUNED), None if compared is None else self._memory.get(UNPRUNED)
+            ),
+            environment=environment(
+                loaded=loaded,
+                config=request.config,
+                seed=request.generation.seed,
+                command=request.command,
+                images=request.images,
+                prompt=request.prompt,
+            ),
+            ratios=run_ratios(pruned, compared),
+            bound=self._bound(pruned),
+            notes=(*(() if prompt is None else prompt.notes), *notes),
+            interrupted=interrupted,
+        )
+
+    def _prepare(self) -> None:
+        from plphp_cli.models import prepare
+
+        assert self._loaded is not None
+        request = self._request
+        self._prompt = prepare(self._loaded, request.images, request.prompt, request.system)
+        self._check()
+
+    def _settings(self, max_new_tokens: int) -> "Settings":
+        from plphp_cli.generate import Settings
+
+        wanted = self._request.generation
+        return Settings(max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed)
+
+    def _stream(self, policy: PLPHPConfig | None, settings: "Settings") -> Any:
+        from plphp_cli.generate import stream
+
+        assert self._prompt is not None
+        assert self._loaded is not None
+        return stream(self._loaded, self._prompt, policy, settings)
+
+    def _follow(self, arm: ArmSnapshot, events: Any) -> None:
+        """Show each event of a stream; close the stream whatever happens, so that the model is restored."""
+        from plphp_cli.generate import Done, PrefillDone, Token
+
+        try:
+            for event in events:
+                match event:
+                    case PrefillDone():
+                        layers = tuple(LayerRecord.from_state(state) for state in event.layers)
+                        arm = replace(arm, phase=DECODING, prefill_s=event.prefill_s, layers=layers)
+                    case Token():
+                        self._token_ids[arm.name].append(event.token_id)
+                        arm = arm.with_token(event.text, event.elapsed_s)
+                        if arm.name == PRUNED:
+                            self._answer(event.text)
+                    case Done():
+                        self._stop_reasons[arm.name] = event.stop_reason
+                        arm = replace(arm, phase=DONE, text=event.text)
+                self._show(arm)
+                self._check()
+        finally:
+            events.close()
+
+    def _show(self, arm: ArmSnapshot) -> None:
+        self._view = (
+            replace(self._view, pruned=arm) if arm.name == PRUNED else replace(self._view, unpruned=arm)
+        )
+
+    def _arm_record(self, arm: ArmSnapshot) -> ArmRecord:
+        # An interruption may fall between an id and its time: what is recorded has both.
+        count = len(arm.elapsed_s)
+        return ArmRecord.from_stream(
+            text=arm.text,
+            token_ids=self._token_ids[arm.name][:count],
+            elapsed_s=arm.elapsed_s,
+            preprocess_s=arm.preprocess_s,
+            prefill_s=arm.prefill_s,
+            stop_reason=self._stop_reasons.get(arm.name),
+            layers=arm.layers,
+        )
+
+    def _bound(self, pruned: ArmRecord) -> BoundRecord | None:
+        from plphp_cli.models import decoder_weight_bytes
+
+        held, full, prompt = pruned.kv_bytes_held, pruned.kv_bytes_full, self._prompt
+        if self._loaded is None or prompt is None or held is None or full is None:
+            return None
+        # Over the answer the new tokens' cache grows from nothing: half of it on average.
+        new_token_bytes = full / prompt.prompt_tokens * pruned.decode_steps / 2
+        return decode_bound(decoder_weight_bytes(self._loaded), held, full, new_token_bytes)
+
+
+def _image_record(image: LoadedImage) -> ImageRecord:
+    width, height = image.image.size
+    return ImageRecord(image.path, image.sha256, width, height, *image.original_size, image.notes)
