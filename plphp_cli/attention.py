@@ -87,11 +87,22 @@ class Pruner:
         if not self._generating.acquire(blocking=False):
             raise NestedPruneError("a generate call on this model is under way", hint="let it end first")
         try:
-            self.room = _room(config, inputs.get("input_ids", merged.get("inputs")))
+            self.room = self._room(config, merged)
             return type(self._model).generate(self._model, *args, **kwargs)
         finally:
             self.room = None
             self._generating.release()
+
+    def _room(self, config: GenerationConfig, arguments: dict[str, Any]) -> int | None:
+        """New tokens that a generate call can add at most; None when that cannot be told."""
+        if config.max_new_tokens is not None:
+            return config.max_new_tokens
+        given = (arguments.get("generation_config"), self._model.generation_config)
+        stated = [arguments.get("max_length"), *(getattr(each, "max_length", None) for each in given)]
+        ids = arguments.get("input_ids", arguments.get("inputs"))
+        if all(length is None for length in stated):
+            return config.max_length  # transformers counts its own default from the end of the prompt
+        return None if ids is None else max(0, config.max_length - ids.shape[1])
 
     def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: a call with an empty cache is a prefill."""
@@ -234,15 +245,6 @@ def prune(
             stack.callback(hook.remove)
         stack.enter_context(_replaced(model, "generate", pruner.generate))
         yield pruner
-
-
-def _room(config: GenerationConfig, prompt: Tensor | None) -> int | None:
-    """New tokens that a generate call can add at most; None when it does not say."""
-    if config.max_new_tokens is not None:
-        return config.max_new_tokens
-    if config.max_length is None or prompt is None:
-        return None
-    return max(0, config.max_length - prompt.shape[1])
 
 
 def _decode_mask(layer: PrunableLayer, query: Tensor, mask: Any) -> Any:

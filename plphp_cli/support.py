@@ -85,6 +85,7 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
             "a non-empty past_key_values",
             "pass the whole prompt",
         ),
+        (arguments.get("inputs_embeds") is not None, "inputs_embeds", "pass input_ids"),
         (config.use_cache is False, "use_cache=False", "pruning is of the cache: leave it on"),
         (bool(config.output_attentions), "output_attentions=True", "leave it out"),
         (

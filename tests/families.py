@@ -4,9 +4,12 @@ One row per family in `FAMILIES`: a model and at least two prompts of different 
 arguments that the model's processor would give. A model loaded from a folder can be a row, too.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
+
+from plphp_cli.prompt import Prompt
 
 VOCABULARY = 300
 IMAGE, VIDEO, VISION_START, VISION_END = 299, 298, 297, 296
@@ -50,6 +55,21 @@ class Family:
     name: str
     model: Any
     prompts: tuple[Inputs, ...]
+    processor: Any = None
+
+    @property
+    def loaded(self) -> Any:
+        """As the engine takes a model."""
+        return SimpleNamespace(model=self.model, processor=self.processor)
+
+    def fresh(self) -> "Family":
+        """The same family with a model of its own."""
+        return Family(self.name, copy.deepcopy(self.model), self.prompts, self.processor)
+
+
+def as_prompt(inputs: Inputs) -> Prompt:
+    """A prompt as the engine takes it."""
+    return Prompt(inputs, "", (), inputs["input_ids"].shape[1], 0, 0.0)
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
@@ -190,12 +210,33 @@ def qwen2_5_vl(seed: int = 0) -> Family:
     return _qwen("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration(config), 4, seed)
 
 
+BUILTIN = Path(__file__).parents[1] / "plphp_cli" / "builtin" / "model" / "config.json"
+
+
+def builtin(seed: int = 0) -> Family:
+    """The model that the package carries, with prompts made by its own processor."""
+    from PIL import Image
+
+    from plphp_cli import models
+    from plphp_cli.images import LoadedImage
+
+    loaded = models.load("builtin", device="cpu")
+    colours = ["red", "blue", "green"]
+    images = [
+        LoadedImage(Image.new("RGB", (96 + 20 * i, 96), colour), f"{colour}.png", (96, 96), (), colour)
+        for i, colour in enumerate(colours)
+    ]
+    questions = [(images[:2], "what changed?"), (images[2:], "describe the image.")]
+    prompts = tuple(dict(models.prepare(loaded, chosen, text).inputs) for chosen, text in questions)
+    return Family("builtin", loaded.model, prompts, loaded.processor)
+
+
 FAMILIES: dict[str, Callable[..., Family]] = {
     "llava": llava,
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
-}
+} | ({"builtin": builtin} if BUILTIN.is_file() else {})
 
 
 @cache

@@ -1,9 +1,8 @@
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import plain_cut
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UnsupportedError
@@ -18,32 +17,6 @@ from plphp_cli.pruning import (
     as_policy,
     retained,
 )
-
-
-def plain_cut(attention, vision, spans, kv_heads, config, layer):
-    """PLPHP for one layer in plain Python: lists of floats in, (gamma, group, rate, kept lists) out."""
-    heads, group_size = len(attention), len(attention) // kv_heads
-    gamma = sum(sum(row[j] for j in vision) for row in attention) / heads
-    if gamma >= config.alpha:
-        group, rate = "attentive", config.r + config.delta_r
-    elif gamma >= config.beta:
-        group, rate = "balanced", config.r
-    else:
-        group, rate = "indifferent", config.r - config.delta_r
-    rate = max(0.0, min(1.0, rate))
-    if layer in config.skip_layers:
-        group, rate, spans = "skipped", 1.0, None
-    parts = [vision] if config.scope == "prompt" or spans is None else [vision[a:b] for a, b in spans]
-    kept = []
-    for head in range(kv_heads):
-        rows = attention[head * group_size : (head + 1) * group_size]
-        chosen = []
-        for part in parts:
-            vote = max if config.head_reduce == "max" else (lambda values: sum(values) / len(values))
-            ranked = sorted(part, key=lambda j: (-vote([row[j] for row in rows]), j))
-            chosen += ranked[: math.ceil(rate * len(part) - 1e-6)]
-        kept.append(sorted(chosen))
-    return gamma, group, rate, kept
 
 
 @st.composite

@@ -1,0 +1,324 @@
+import contextlib
+import queue
+import threading
+
+import laws
+import pytest
+import torch
+from families import IMAGE, VIDEO, as_prompt, load, prompt_ids
+from laws import CUT, answer, snapshot
+from transformers import DynamicCache, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from plphp_cli.attention import prune
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import ConfigError, ImageError, NestedPruneError, UnsupportedError
+from plphp_cli.generate import prefill
+
+LAWS = [
+    laws.rate_one_equals_stock,
+    laws.physical_cut_equals_masked_reference,
+    laws.first_token_is_unpruned,
+    laws.kept_equals_plain_loop,
+    laws.bytes_are_as_predicted,
+    laws.the_model_is_restored,
+    laws.a_failed_call_does_not_spoil_the_next,
+    laws.no_state_is_left_behind,
+    laws.no_cache_tensor_is_kept,
+    laws.the_cost_is_small,
+    laws.one_prefill_serves_many,
+]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_law(law, family):
+    law(family)
+
+
+@pytest.mark.parametrize("law", LAWS[:3], ids=lambda law: law.__name__)
+def test_law_with_eager_attention(law):
+    family = load("qwen2_vl").fresh()
+    family.model.set_attn_implementation("eager")
+    law(family)
+
+
+@pytest.fixture
+def llava():
+    return load("llava")
+
+
+class Letterbox(BaseStreamer):
+    """Hands each token to another thread, and can be made to wait."""
+
+    def __init__(self):
+        self.tokens, self.gate = queue.Queue(), threading.Event()
+        self.gate.set()
+
+    def put(self, value):
+        self.tokens.put(value.flatten().tolist())
+        assert self.gate.wait(60)
+
+    def end(self):
+        self.tokens.put(None)
+
+
+class Stop(StoppingCriteria):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def in_thread(function, *args, **kwargs):
+    """Start a call in another thread; returns the thread and the box that its result or error will be in."""
+    box = []
+
+    def call():
+        try:
+            box.append(function(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001
+            box.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread, box
+
+
+def test_a_streamer_in_a_thread_sees_the_tokens_of_a_plain_call(llava):
+    inputs = llava.prompts[0]
+    with prune(llava.model, CUT):
+        expected, _ = answer(llava.model, inputs)
+        streamer = Letterbox()
+        options = {"max_new_tokens": 8, "do_sample": False, "streamer": streamer}
+        thread, _ = in_thread(llava.model.generate, **inputs, **options)
+        received = list(iter(lambda: streamer.tokens.get(timeout=60), None))
+        thread.join()
+    assert [token for tokens in received[1:] for token in tokens] == expected.tolist()
+
+
+def test_stop_conditions_end_a_pruned_call(llava):
+    inputs = llava.prompts[0]
+    with prune(llava.model, CUT):
+        tokens, _ = answer(llava.model, inputs)
+        stop = next(i for i in range(2, 8) if tokens[i] not in tokens[:i])
+        for options in ({"stopping_criteria": [Stop(tokens[stop])]}, {"eos_token_id": int(tokens[stop])}):
+            output = llava.model.generate(**inputs, max_new_tokens=8, do_sample=False, **options)
+            assert output[0, inputs["input_ids"].shape[1] :].tolist() == tokens[: stop + 1].tolist()
+
+
+def test_sampling_with_nothing_cut_draws_the_tokens_of_the_plain_model(llava):
+    def sample():
+        torch.manual_seed(3)
+        return llava.model.generate(**llava.prompts[0], max_new_tokens=8, do_sample=True, temperature=1.5)
+
+    stock = sample()
+    with prune(llava.model, laws.WHOLE):
+        assert torch.equal(sample(), stock)
+
+
+@pytest.mark.parametrize("length", [{"max_new_tokens": 5}, {"max_length": 52}, {}])
+def test_generate_tells_how_much_room_to_make(llava, length):
+    inputs = llava.prompts[0]  # 47 tokens
+    with prune(llava.model, None) as pruner:
+        llava.model.generate(**inputs, **length, min_new_tokens=5, do_sample=False)
+    token_bytes = pruner.layers[0].full_bytes // 47
+    room = pruner.layers[0].allocated_bytes // token_bytes - 47
+    assert room == (5 if length else 20)  # transformers' own default
+
+
+def test_the_pruner_tells_the_latest_prompt(llava):
+    with prune(llava.model, CUT) as pruner:
+        assert pruner.layers == ()
+        assert pruner.sequences == ()
+        for inputs in llava.prompts:
+            answer(llava.model, inputs)
+            assert pruner.sequences[0].prompt_tokens == inputs["input_ids"].shape[1]
+            assert [layer.index for layer in pruner.layers] == [0, 1, 2, 3]
+            assert all(layer.kept.device.type == "cpu" for layer in pruner.layers)
+
+
+def test_a_prompt_without_images_is_not_cut(llava):
+    inputs = {"input_ids": prompt_ids([], 5)}
+    tokens, logits = answer(llava.model, inputs)
+    with prune(llava.model, CUT) as pruner:
+        pruned = answer(llava.model, inputs)
+    assert torch.equal(pruned[0], tokens)
+    assert torch.equal(pruned[1], logits)
+    assert {(s.gamma, s.group, s.rate, s.vision_tokens) for s in pruner.layers} == {(None, None, None, 0)}
+
+
+def test_one_forward_call_is_a_prefill_of_its_own(llava):
+    with prune(llava.model, CUT) as pruner, torch.no_grad():
+        output = llava.model(llava.prompts[0]["input_ids"], llava.prompts[0]["pixel_values"])
+    assert output.past_key_values.layers[0].held < output.past_key_values.get_seq_length() == 47
+    assert pruner.layers[0].held_bytes < pruner.layers[0].full_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
+        ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+        ({"assistant_model": "itself"}, "assisted decoding"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
+        ({"cache_implementation": "static"}, "static"),
+        ({"cache_implementation": "offloaded"}, "offloaded"),
+        ({"past_key_values": "filled"}, "past_key_values"),
+        ({"use_cache": False}, "use_cache"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"guidance_scale": 2.0}, "guidance"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 64), "pixel_values": None}, "inputs_embeds"),
+        ({"attention_mask": "padded"}, "padding"),
+        ({"input_ids": "two"}, "batch"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_supported_is_refused_by_name(llava, options, named):
+    inputs = {**llava.prompts[0], **options}
+    ids = llava.prompts[0]["input_ids"]
+    if options.get("past_key_values"):
+        with torch.no_grad():
+            filled = llava.model(ids[:, :4], past_key_values=DynamicCache())
+        inputs["past_key_values"] = filled.past_key_values
+    if options.get("assistant_model"):
+        inputs["assistant_model"] = llava.model
+    if options.get("attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
+    if options.get("input_ids"):
+        inputs |= {"input_ids": ids.repeat(2, 1), "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    before = snapshot(llava.model)
+    with pytest.raises(UnsupportedError, match=named) as error, prune(llava.model, CUT):
+        llava.model.generate(**inputs, max_new_tokens=4)
+    assert error.value.hint
+    assert snapshot(llava.model) == before
+
+
+def test_calling_a_part_of_the_model_is_refused(llava):
+    with pytest.raises(UnsupportedError, match="part of the model"), prune(llava.model, CUT):
+        llava.model.model(**llava.prompts[0])
+
+
+def test_a_back_end_that_was_not_proven_is_refused(llava):
+    model = llava.fresh().model
+    model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(UnsupportedError, match="flash_attention_2"), prune(model, CUT):
+        pass
+
+
+def test_a_layer_that_is_not_there_cannot_be_skipped(llava):
+    before = snapshot(llava.model)
+    config = CUT.replace(skip_layers=[4])
+    with pytest.raises(ConfigError, match="skip_layers holds 4"), prune(llava.model, config):
+        pass
+    assert snapshot(llava.model) == before
+
+
+@pytest.mark.parametrize("change", ["a token more", "no pixels", "no tokens"])
+def test_vision_tokens_that_do_not_fit_the_images_are_an_error(family, change):
+    inputs = dict(family.prompts[1])
+    ids = inputs["input_ids"]
+    image = family.model.config.image_token_id
+    if change == "a token more":
+        inputs["input_ids"] = torch.cat([ids, torch.tensor([[image]])], dim=1)
+    elif change == "no pixels":
+        inputs = {"input_ids": ids}
+    else:
+        inputs["input_ids"] = ids.masked_fill(ids == image, 5)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == image).int()
+    with pytest.raises(ImageError, match="vision tokens"), prune(family.model, CUT), torch.no_grad():
+        family.model(**inputs)
+
+
+def test_video_is_refused_by_name():
+    family = load("qwen2_vl")
+    ids = family.prompts[0]["input_ids"].masked_fill(family.prompts[0]["input_ids"] == IMAGE, VIDEO)
+    with pytest.raises(UnsupportedError, match="video"), prune(family.model, CUT), torch.no_grad():
+        family.model(input_ids=ids)
+
+
+def test_the_images_of_a_prompt_are_told_apart(family):
+    inputs = family.prompts[0]
+    with prune(family.model, None) as pruner:
+        vision = prefill(family.loaded, as_prompt(inputs), pruner).state.vision
+    ids = inputs["input_ids"][0]
+    assert len(vision.spans) == 2
+    for start, stop in vision.spans:
+        positions = vision.positions[start:stop]
+        assert (ids[positions] == family.model.config.image_token_id).all()
+        # What lies between the first and the last token of an image is that image's own.
+        between = vision.positions[(vision.positions >= positions[0]) & (vision.positions <= positions[-1])]
+        assert torch.equal(between, positions)
+
+
+def test_a_nested_context_on_one_model_is_refused(llava):
+    with prune(llava.model, CUT):
+        inside = snapshot(llava.model)
+        with pytest.raises(NestedPruneError), prune(llava.model, None):
+            pass
+        assert snapshot(llava.model) == inside
+        thread, box = in_thread(contextlib.ExitStack().enter_context, prune(llava.model, CUT))
+        thread.join()
+        assert isinstance(box[0], NestedPruneError)
+        answer(llava.model, llava.prompts[0])
+
+
+def test_two_generate_calls_at_once_on_one_model_are_refused(llava):
+    with prune(llava.model, CUT):
+        expected, _ = answer(llava.model, llava.prompts[0])
+        streamer = Letterbox()
+        streamer.gate.clear()
+        thread, box = in_thread(
+            llava.model.generate, **llava.prompts[0], max_new_tokens=8, do_sample=False, streamer=streamer
+        )
+        streamer.tokens.get(timeout=60)
+        with pytest.raises(NestedPruneError):
+            answer(llava.model, llava.prompts[1])
+        streamer.gate.set()
+        thread.join()
+    assert box[0][0, -8:].tolist() == expected.tolist()
+
+
+def test_two_forwards_at_once_on_one_model_are_refused(llava):
+    reached, gate = threading.Event(), threading.Event()
+
+    class Waiting:
+        def cut(self, layer, attention, vision, spans, kv_heads):
+            reached.set()
+            assert gate.wait(60)
+            return laws.FixedRates({}, 0.5).cut(layer, attention, vision, spans, kv_heads)
+
+    with prune(llava.model, Waiting()) as pruner:
+        thread, box = in_thread(prefill, llava.loaded, as_prompt(llava.prompts[0]), pruner)
+        assert reached.wait(60)
+        with pytest.raises(NestedPruneError):
+            prefill(llava.loaded, as_prompt(llava.prompts[1]), pruner)
+        gate.set()
+        thread.join()
+    assert box[0].state.layers[3].vision_tokens == 16
+
+
+def test_two_models_are_pruned_side_by_side_from_threads():
+    families = [load("llava"), load("qwen2_5_vl")]
+    configs = [CUT, PLPHPConfig(r=0.2, delta_r=0)]
+
+    def run(family, config, barrier=None):
+        with prune(family.model, config) as pruner:
+            if barrier:
+                barrier.wait(60)
+            return [
+                (*answer(family.model, inputs), [layer.kept for layer in pruner.layers])
+                for inputs in family.prompts * 3
+            ]
+
+    expected = [run(*pair) for pair in zip(families, configs, strict=True)]
+    barrier = threading.Barrier(2)
+    started = [in_thread(run, *pair, barrier) for pair in zip(families, configs, strict=True)]
+    for (thread, box), results in zip(started, expected, strict=True):
+        thread.join()
+        for (tokens, logits, kept), result in zip(box[0], results, strict=True):
+            assert torch.equal(tokens, result[0])
+            assert torch.equal(logits, result[1])
+            assert all(torch.equal(a, b) for a, b in zip(kept, result[2], strict=True))
