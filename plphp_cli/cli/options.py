@@ -115,6 +115,7 @@ TopPOption = Annotated[
 SeedOption = Annotated[int, typer.Option(metavar="N", help="Of sampling.", rich_help_panel=_GENERATION)]
 NoBaselineOption = Annotated[
     bool,
+    # An empty metavar: typer would print the type of a flag as if it took a value.
     typer.Option("--no-baseline", metavar="", help="Leave out the unpruned run.", rich_help_panel=_OUTPUT),
 ]
 JsonOption = Annotated[
@@ -124,10 +125,10 @@ JsonOption = Annotated[
     ),
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", metavar="", help="Overwrite an existing file.", rich_help_panel=_OUTPUT)
+    bool, typer.Option("--force", metavar="", help="Overwrite existing files.", rich_help_panel=_OUTPUT)
 ]
 NoLiveOption = Annotated[
-    bool, typer.Option("--no-live", metavar="", help="No live view on a terminal.", rich_help_panel=_OUTPUT)
+    bool, typer.Option("--no-live", metavar="", help="No live view.", rich_help_panel=_OUTPUT)
 ]
 DebugOption = Annotated[
     bool, typer.Option("--debug", metavar="", help="Show tracebacks.", rich_help_panel=_OUTPUT)
@@ -223,7 +224,7 @@ def choose_config(model: str, config_file: str | None, knobs: dict[str, Any]) ->
     elif model == BUILTIN and builtin.is_file():
         config, origin = PLPHPConfig.from_file(builtin), "the built-in model's own, calibrated on it"
     else:
-        config, origin = PLPHPConfig(), "defaults, not calibrated for this model"
+        config, origin = PLPHPConfig(), "defaults, not calibrated"
     if {"alpha", "beta"} & knobs.keys():
         knobs = {**knobs, "calibrated": False, "calibrated_on": None}
     if knobs:

@@ -37,7 +37,8 @@ def print_lines(lines: Sequence[Text], console: Console | None = None) -> None:
 
 def stderr_console() -> Console:
     """A console on stderr that interprets neither markup nor emoji codes, nor highlights numbers."""
-    return Console(stderr=True, markup=False, emoji=False, highlight=False)
+    # The stream itself: a console told `stderr=True` would follow whatever replaces it for a while.
+    return Console(file=sys.stderr, markup=False, emoji=False, highlight=False)
 
 
 def live_is_possible(wanted: bool, json_target: str | None) -> bool:

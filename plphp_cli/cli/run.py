@@ -125,9 +125,10 @@ def _work(session: RunSession, baseline: bool, with_view: bool) -> None:
     session.load()
     with live_view(lambda: session.snapshot) if with_view else contextlib.nullcontext():
         session.warm_up()
-        session.run_arm(PRUNED)
-        if baseline:
-            session.run_arm(UNPRUNED)
+        for arm in (PRUNED, UNPRUNED) if baseline else (PRUNED,):
+            if not with_view:
+                say(f"{arm} arm")
+            session.run_arm(arm)
 
 
 def _finish(

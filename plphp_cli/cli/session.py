@@ -129,15 +129,16 @@ class RunSession:
         """One short pass of the pruned arm that counts for nothing."""
         self._view = replace(self._view, stage="warm-up, discarded")
         short = min(WARM_UP_TOKENS, self._request.generation.max_new_tokens)
-        for _ in self._stream(self._request.config, self._settings(short)):
-            self._check()
+        assert self._loaded is not None
+        with MemorySampler(self._loaded.device) as self._sampler:
+            for _ in self._stream(self._request.config, self._settings(short)):
+                self._check()
 
     def run_arm(self, name: str) -> None:
         """Generate with the config (`pruned`) or with scoring and cutting switched off (`unpruned`)."""
         assert self._prompt is not None
         assert self._loaded is not None
         number = f"{1 if name == PRUNED else 2} of {2 if self._request.baseline else 1}"
-        self._say(f"{name} arm ({number})")
         self._view = replace(self._view, stage=f"{name} arm, {number}")
         arm = ArmSnapshot(
             name,

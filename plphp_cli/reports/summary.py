@@ -25,7 +25,7 @@ def remarks(record: RunRecord) -> list[str]:
         place = first_difference(pruned.text, unpruned.text)
         if place is not None:
             found.append(
-                f"The cut changed the answer, from word {place} on; only the text can tell if it matters."
+                f"The cut changed the answer, from word {place} on: judge by the texts if it matters."
             )
     decode, bound = _ratio(record, "decode"), record.bound
     if decode is not None and bound is not None and decode > bound.ideal_decode_ratio + _NOISE:

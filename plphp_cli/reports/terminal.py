@@ -52,7 +52,7 @@ def config_line(config: PLPHPConfig) -> str:
         parts.append(f"head_reduce {config.head_reduce}")
     if config.skip_layers:
         parts.append(f"skip_layers {','.join(map(str, config.skip_layers))}")
-    return "  ".join(parts)
+    return " ".join(parts)
 
 
 def _texts(record: RunRecord, width: int, colour: bool) -> list[Text]:
