@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+from families import as_prompt, load
+from laws import CUT, NEW_TOKENS, SETTINGS, answer
+
+from plphp_cli.attention import prune
+from plphp_cli.generate import advance, prefill
+from plphp_cli.pruning import FixedRates
+from plphp_cli.quality import first_divergence, kl, layer_need, teacher_forced, top1_agreement
+
+
+def step_by_step(family, inputs, policy, ids):
+    with prune(family.model, policy) as pruner:
+        run = prefill(family.loaded, as_prompt(inputs), pruner, len(ids))
+        rows = [advance(family.loaded, run, torch.tensor([[token]]))[-1] for token in ids[:-1]]
+    return torch.stack([run.logits, *rows])
+
+
+def test_one_chunk_equals_step_by_step(family):
+    for inputs in family.prompts:
+        ids = answer(family.model, inputs)[0].tolist()
+        for name, policy in {"unpruned": None, **SETTINGS}.items():
+            chunk = teacher_forced(family.loaded, as_prompt(inputs), policy, ids)
+            steps = step_by_step(family, inputs, policy, ids)
+            assert chunk.shape == (NEW_TOKENS, steps.shape[1])
+            assert chunk.dtype == torch.float32
+            worst = (chunk - steps).abs().max().item()
+            assert worst <= 1e-4 * steps.abs().max().item(), f"{name}: logits differ by {worst}"
+
+
+def test_one_chunk_equals_step_by_step_with_eager_attention():
+    family = load("qwen2_5_vl").fresh()
+    family.model.set_attn_implementation("eager")
+    test_one_chunk_equals_step_by_step(family)
+
+
+def test_the_first_position_costs_exactly_nothing(family):
+    inputs = as_prompt(family.prompts[0])
+    ids = answer(family.model, family.prompts[0])[0].tolist()
+    reference = teacher_forced(family.loaded, inputs, None, ids)
+    for policy in SETTINGS.values():
+        divergence = kl(reference, teacher_forced(family.loaded, inputs, policy, ids))
+        assert divergence[0] == 0
+        assert divergence[1:].max() > 0
+    assert torch.equal(
+        kl(reference, teacher_forced(family.loaded, inputs, None, ids)), torch.zeros(NEW_TOKENS)
+    )
+
+
+def test_an_answer_of_one_token_needs_no_decoding():
+    family = load("llava")
+    prompt = as_prompt(family.prompts[0])
+    reference = teacher_forced(family.loaded, prompt, None, [5])
+    pruned = teacher_forced(family.loaded, prompt, CUT, [5])
+    assert torch.equal(reference, pruned)
+    assert top1_agreement(reference, pruned) is None
+    assert first_divergence(reference, pruned) is None
+    assert layer_need(family.loaded, prompt, [5]) == [None] * 4
+
+
+def test_kl_is_in_nats_and_directed():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    # Logits are free up to a constant.
+    assert kl(p.log() + 3, q.log() - 7).item() == pytest.approx(0.25 * math.log(2), abs=1e-6)
+    skewed = torch.tensor([[0.9, 0.05, 0.05]])
+    forth, back = kl(p.log(), skewed.log()).item(), kl(skewed.log(), p.log()).item()
+    assert forth == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.25 / 0.05), abs=1e-5)
+    assert abs(forth - back) > 0.1
+
+
+def test_kl_survives_extreme_logits():
+    reference = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
+    other = torch.tensor([[1e4, 1.0, -1e4], [0.0, 0.0, 0.0]])
+    assert torch.equal(kl(reference, other), torch.zeros(2))
+
+
+def test_agreement_leaves_out_the_first_position_and_divergence_counts_from_one():
+    reference = torch.eye(4)
+    other = torch.eye(4)[[0, 1, 0, 3]]
+    assert top1_agreement(reference, other) == pytest.approx(2 / 3)
+    assert first_divergence(reference, other) == 3
+    assert first_divergence(reference, reference) is None
+    assert top1_agreement(reference, reference) == 1.0
+
+
+def test_the_need_of_a_layer_is_what_losing_its_vision_cache_costs(family):
+    inputs = as_prompt(family.prompts[0])
+    ids = answer(family.model, family.prompts[0])[0].tolist()
+    reference = teacher_forced(family.loaded, inputs, None, ids)
+    needs = layer_need(family.loaded, inputs, ids)
+    assert len(needs) == family.model.config.get_text_config().num_hidden_layers
+    for layer, need in enumerate(needs):
+        alone = teacher_forced(family.loaded, inputs, FixedRates({layer: 0.0}), ids)
+        assert need == pytest.approx(kl(reference, alone)[1:].mean().item(), rel=1e-5)
+        assert need > 0
