@@ -1,0 +1,136 @@
+"""Training batches: several questions share the prefix (system prompt and images) of one row.
+
+A row is prefix + blocks; each block is one question with its answer and sees the prefix and itself, at the
+positions that it would have if it stood alone behind the prefix: one pass over the images serves many.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from plphp_cli.builtin.architecture import VISION_TOKENS
+from plphp_cli.builtin.attention_training import Packing
+from plphp_cli.builtin.dialogue import (
+    ASSISTANT,
+    EOS,
+    IMAGE,
+    PAD,
+    SYSTEM_PROMPTS,
+    described_prefix,
+    prefix_text,
+    special_ids,
+)
+from plphp_cli.builtin.questions import ask, caption, sample_group
+from plphp_cli.builtin.scenes import Box, Scene, Split
+from plphp_cli.builtin.tower import draw_batch
+
+BLOCK_GROUPS = 3
+
+
+@dataclass
+class Batch:
+    """B rows of S tokens.
+
+    Attributes:
+        ids: [B, S].
+        positions: [B, S].
+        targets: [B, S]; -100 where there is no loss.
+        packing: how each row is laid out.
+        image_mask: [S], where the vision tokens are; the same in every row.
+        pixels: [B * images, 3, 96, 96]; None where the scenes are told in words.
+        kinds: per row the question kind of each block.
+        placed: scene and boxes of each image.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    packing: Packing
+    image_mask: torch.Tensor
+    pixels: torch.Tensor | None
+    kinds: list[list[str]]
+    placed: list[tuple[Scene, list[Box]]]
+
+
+def sample_batch(
+    tokenizer: Tokenizer,
+    rng: random.Random,
+    *,
+    rows: int,
+    blocks: int,
+    images: int,
+    most: int = 5,
+    told: bool = False,
+    split: Split = "train",
+) -> Batch:
+    """Draw a batch of scenes; ``told`` replaces every image by its caption (no pixels)."""
+    groups = [sample_group(rng, split, images, most=most) for _ in range(rows)]
+    system = rng.choice(SYSTEM_PROMPTS)
+    ids_of = special_ids(tokenizer)
+    if told:
+        prefixes = [
+            tokenizer.encode(described_prefix(system, [caption(s) for s in g.scenes])).ids for g in groups
+        ]
+        width = max(map(len, prefixes))
+        filler = tokenizer.encode("\n").ids
+        prefixes = [ids + filler * (width - len(ids)) for ids in prefixes]
+    else:
+        ids = tokenizer.encode(prefix_text(system, images)).ids
+        wide = [t for i in ids for t in ([i] * VISION_TOKENS if i == ids_of[IMAGE] else [i])]
+        prefixes = [wide] * rows
+    prefix = len(prefixes[0])
+
+    rows_of_blocks = []
+    for group in groups:
+        asked = ask(rng, group, blocks, long_share=0.6)
+        encoded = tokenizer.encode_batch([text for qa in asked for text in (qa.question, qa.answer)])
+        pairs = [
+            ([*question.ids, ids_of[ASSISTANT]], [*answer.ids, ids_of[EOS]], qa.kind)
+            for qa, question, answer in zip(asked, encoded[::2], encoded[1::2], strict=True)
+        ]
+        rows_of_blocks.append(sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])))
+    lengths = [max(len(row[k][0]) + len(row[k][1]) - 1 for row in rows_of_blocks) for k in range(blocks)]
+    packing = _group(prefix, lengths)
+    slots = [tokens for count, tokens in packing.groups for _ in range(count)]
+
+    total = prefix + sum(slots)
+    token_ids = np.full((rows, total), ids_of[PAD], np.int64)
+    targets = np.full((rows, total), -100, np.int64)
+    positions = np.arange(prefix)
+    positions = np.concatenate([positions, *(prefix + np.arange(tokens) for tokens in slots)])
+    for row, pairs in enumerate(rows_of_blocks):
+        token_ids[row, :prefix] = prefixes[row]
+        start = prefix
+        for (question, answer, _), tokens in zip(pairs, slots, strict=True):
+            whole = question + answer
+            token_ids[row, start : start + len(whole) - 1] = whole[:-1]
+            first = start + len(question) - 1
+            targets[row, first : first + len(answer)] = answer
+            start += tokens
+    drawn = None
+    if not told:
+        scenes = [scene for group in groups for scene in group.scenes]
+        drawn = draw_batch(scenes, [seed for group in groups for seed in group.seeds], rng)
+    return Batch(
+        ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions).expand(rows, -1),
+        targets=torch.from_numpy(targets),
+        packing=packing,
+        image_mask=torch.from_numpy(token_ids[0] == ids_of[IMAGE]),
+        pixels=None if drawn is None else drawn[0],
+        kinds=[[kind for *_, kind in pairs] for pairs in rows_of_blocks],
+        placed=[] if drawn is None else drawn[1],
+    )
+
+
+def _group(prefix: int, lengths: list[int]) -> Packing:
+    """Round the ascending block lengths up to a few common ones, so that attention runs as a few products."""
+    bounds = [round(len(lengths) * k / BLOCK_GROUPS) for k in range(BLOCK_GROUPS + 1)]
+    groups = tuple((b - a, lengths[b - 1]) for a, b in pairwise(bounds) if b > a)
+    return Packing(prefix, groups)
