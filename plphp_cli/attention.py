@@ -62,6 +62,7 @@ class Pruner:
         self._model = model
         self._keep_attention = keep_attention
         self._kinds = layer_kinds(model.config)
+        _check_layers(policy, len(self._kinds))
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
         self._generating = threading.Lock()
@@ -91,7 +92,13 @@ class Pruner:
             return type(self._model).generate(self._model, *args, **kwargs)
         finally:
             self.room = None
+            self.release()
             self._generating.release()
+
+    def release(self) -> None:
+        """Let go of this thread's forward call; an interrupt (Ctrl-C) skips the hook that would."""
+        if self._forward is not None and self._forward.thread == threading.get_ident():
+            self._forward = None
 
     def _room(self, config: GenerationConfig, arguments: dict[str, Any]) -> int | None:
         """New tokens that a generate call can add at most; None when that cannot be told."""
@@ -140,7 +147,7 @@ class Pruner:
         forward = self._forward
         if forward is None or forward.thread != threading.get_ident():
             return
-        self._forward = None
+        self.release()
         if output is not None and forward.vision is not None:
             self.sequences = (self._record(forward),)
 
@@ -225,17 +232,17 @@ def prune(
         NestedPruneError: the model, or a part of it, is being pruned already.
     """
     decoder = model.get_decoder()
-    backend = decoder.config._attn_implementation
     pruner = Pruner(model, as_policy(policy), keep_attention)
-    _check_layers(pruner.policy, len(pruner._kinds))
-    if backend.removeprefix(_PREFIX) not in BACKENDS:
-        raise UnsupportedError(
-            f"attention back-end {backend!r} is not supported",
-            hint=f"load the model with {' or '.join(BACKENDS)}",
-        )
     modules = [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_claimed(modules, pruner))
+        backend = decoder.config._attn_implementation
+        if backend not in BACKENDS:
+            raise UnsupportedError(
+                f"attention back-end {backend!r} is not supported",
+                hint=f"load the model with {' or '.join(BACKENDS)}",
+            )
+        stack.callback(pruner.release)
         stack.callback(decoder.set_attn_implementation, backend)
         decoder.set_attn_implementation(_PREFIX + backend)
         for hook in (

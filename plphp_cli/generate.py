@@ -155,21 +155,24 @@ def stream(
         UnsupportedError: the model or the prompt cannot be pruned, with the reason.
         ImageError: the prompt's vision tokens are not as many as its images expand to.
     """
-    watch = _Stopwatch(clock, prompt.inputs["input_ids"].device)
+    ids = prompt.inputs["input_ids"]
     with prune(loaded.model, policy) as pruner:
+        choose = _Sampler(loaded.model, ids, settings)
+        watch = _Stopwatch(clock, ids.device)
         prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
-        state = prefilled.state
-        done = PrefillDone(watch.elapsed(), state.layers, state.prompt_tokens, state.vision.positions.numel())
+        state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()
+        done = PrefillDone(watch.elapsed(), state.layers, state.prompt_tokens, vision_tokens)
         yield from watch.pausing(iter([done]))
-        yield from watch.pausing(_decode(loaded, prefilled, settings, watch))
+        yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
 
 
 def decode(
     loaded: "LoadedModel", prefilled: Prefilled, settings: Settings, *, clock: Clock = time.perf_counter
 ) -> Iterator[Token | Done]:
     """Decode from a prefilled prompt, inside `prune`; `elapsed_s` counts from the start of decoding."""
+    choose = _Sampler(loaded.model, prefilled.input_ids, settings)
     watch = _Stopwatch(clock, prefilled.input_ids.device)
-    yield from watch.pausing(_decode(loaded, prefilled, settings, watch))
+    yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
 
 
 @torch.no_grad()
@@ -186,7 +189,10 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
         positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
     inputs = encode_images(model, inputs)
     pruner.room = room
-    output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
+    try:
+        output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
+    finally:
+        pruner.room = None
     last = None if positions is None else positions[..., -1:]
     return Prefilled(ids, output.past_key_values, output.logits[0, -1].float(), last, pruner.sequences[0])
 
@@ -214,17 +220,16 @@ def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **
 
 
 def _decode(
-    loaded: "LoadedModel", prefilled: Prefilled, settings: Settings, watch: "_Stopwatch"
+    loaded: "LoadedModel", prefilled: Prefilled, count: int, choose: "_Sampler", watch: "_Stopwatch"
 ) -> Iterator[Token | Done]:
-    choose = _Sampler(loaded.model, prefilled.input_ids, settings)
     text = _Text(loaded.processor)
     ids, logits = prefilled.input_ids, prefilled.logits
-    for index in range(settings.max_new_tokens):
+    for index in range(count):
         token = choose(ids, logits)
         ids = torch.cat([ids, token], dim=-1)
         token_id = int(token)
         ended = token_id in choose.eos
-        last = ended or index + 1 == settings.max_new_tokens
+        last = ended or index + 1 == count
         yield Token(index, token_id, text.add(token_id, flush=last), watch.elapsed())
         if last:
             break

@@ -26,7 +26,8 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         config: the whole model's config.
 
     Raises:
-        UnsupportedError: encoder-decoder, latent, shared or chunked attention, or no full layer at all.
+        UnsupportedError: an encoder-decoder; latent, shared, cross- or chunked attention; no full layer at
+        all.
     """
     text = config.get_text_config(decoder=True)
     model = type(config).__name__
@@ -40,6 +41,10 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         )
     if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
         raise UnsupportedError(f"{model}: layers that share keys and values")
+    if getattr(text, "cross_attention_layers", None):
+        raise UnsupportedError(
+            f"{model}: cross-attention, whose vision tokens are not in the decoder's cache"
+        )
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         raise UnsupportedError(f"{model}: chunked attention")
     layers = DynamicCache(config=text).layers

@@ -6,7 +6,7 @@ arguments that the model's processor would give. A model loaded from a folder ca
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -50,12 +52,16 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """A model that the laws are held on, and its prompts."""
+    """A model that the laws are held on, and its prompts.
+
+    `tells_images` is False where it is not known which vision tokens belong to which image.
+    """
 
     name: str
     model: Any
     prompts: tuple[Inputs, ...]
     processor: Any = None
+    tells_images: bool = True
 
     @property
     def loaded(self) -> Any:
@@ -64,7 +70,7 @@ class Family:
 
     def fresh(self) -> "Family":
         """The same family with a model of its own."""
-        return Family(self.name, copy.deepcopy(self.model), self.prompts, self.processor)
+        return replace(self, model=copy.deepcopy(self.model))
 
 
 def as_prompt(inputs: Inputs) -> Prompt:
@@ -210,6 +216,37 @@ def qwen2_5_vl(seed: int = 0) -> Family:
     return _qwen("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration(config), 4, seed)
 
 
+def gemma3(seed: int = 0) -> Family:
+    """A hybrid decoder: every other layer has a sliding window, shorter than the prompts."""
+    config = Gemma3Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        image_token_id=IMAGE,
+        mm_tokens_per_image=16,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+    )
+    model = randomised(Gemma3ForConditionalGeneration(config), seed)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    prompts = []
+    for images in (pixels[:2], pixels[2:]):
+        ids = prompt_ids([16] * len(images), seed + len(prompts), ([VISION_START], [VISION_END]))
+        prompts.append({"input_ids": ids, "pixel_values": images, "token_type_ids": (ids == IMAGE).long()})
+    return Family("gemma3", model, tuple(prompts), tells_images=False)
+
+
 BUILTIN = Path(__file__).parents[1] / "plphp_cli" / "builtin" / "model" / "config.json"
 
 
@@ -236,6 +273,7 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "gemma3": gemma3,
 } | ({"builtin": builtin} if BUILTIN.is_file() else {})
 
 

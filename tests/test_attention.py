@@ -42,6 +42,22 @@ def test_law_with_eager_attention(law):
     law(family)
 
 
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.rate_one_equals_stock,
+        laws.first_token_is_unpruned,
+        laws.bytes_are_as_predicted,
+        laws.no_state_is_left_behind,
+    ],
+    ids=lambda law: law.__name__,
+)
+def test_law_in_bfloat16(law):
+    family = load("llava").fresh()
+    family.model.to(torch.bfloat16)
+    law(family)
+
+
 @pytest.fixture
 def llava():
     return load("llava")
@@ -244,6 +260,11 @@ def test_the_images_of_a_prompt_are_told_apart(family):
     with prune(family.model, None) as pruner:
         vision = prefill(family.loaded, as_prompt(inputs), pruner).state.vision
     ids = inputs["input_ids"][0]
+    if not family.tells_images:
+        assert vision.spans is None
+        with pytest.raises(UnsupportedError, match="scope"), prune(family.model, CUT.replace(scope="image")):
+            answer(family.model, inputs)
+        return
     assert len(vision.spans) == 2
     for start, stop in vision.spans:
         positions = vision.positions[start:stop]
@@ -251,6 +272,17 @@ def test_the_images_of_a_prompt_are_told_apart(family):
         # What lies between the first and the last token of an image is that image's own.
         between = vision.positions[(vision.positions >= positions[0]) & (vision.positions <= positions[-1])]
         assert torch.equal(between, positions)
+
+
+def test_sliding_windows_are_left_alone_and_reported_as_such():
+    family = load("gemma3")
+    with prune(family.model, PLPHPConfig(r=0, delta_r=0)) as pruner:
+        answer(family.model, family.prompts[0])
+    assert [layer.group == "sliding" for layer in pruner.layers] == [True, False, True, False]
+    assert [layer.prunable for layer in pruner.layers] == [False, True, False, True]
+    for layer in pruner.layers[::2]:
+        assert (layer.gamma, layer.rate, layer.vision_tokens, layer.kept) == (None, None, None, None)
+        assert layer.held_bytes == layer.full_bytes == 2 * 2 * 16 * 15 * 4
 
 
 def test_a_nested_context_on_one_model_is_refused(llava):

@@ -23,7 +23,7 @@ def tokens_of(loaded, prompt, policy, **settings):
 
 def test_greedy_tokens_are_those_of_generate(family):
     for inputs in family.prompts:
-        for policy in (CUT, None, laws.SETTINGS["each image its share"]):
+        for policy in (None, *laws.settings_of(family).values()):
             with prune(family.model, policy):
                 expected, _ = answer(family.model, inputs)
             tokens = tokens_of(

@@ -15,6 +15,7 @@ from plphp_cli.pruning import (
     UniformPolicy,
     allocate,
     as_policy,
+    last_token_attention,
     retained,
 )
 
@@ -53,6 +54,25 @@ def test_a_cut_equals_the_plain_reimplementation(layer):
     gamma, group, rate, kept = plain_cut(attention.tolist(), vision, spans, kv_heads, config, 0)
     assert cut.gamma == pytest.approx(gamma, abs=1e-6)
     assert (cut.group, cut.rate, cut.kept.tolist()) == (group, rate, kept)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_last_token_attention_equals_a_plain_softmax_over_repeated_keys(softcap, sinks, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(4, 8, generator=generator).to(dtype)
+    key = torch.randn(2, 5000, 8, generator=generator).to(dtype)  # more than one block
+    attention = last_token_attention(query, key, 0.3, softcap, sinks)
+    repeated = key.double().repeat_interleave(2, dim=0)
+    logits = torch.einsum("hd,hnd->hn", query.double(), repeated) * 0.3
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = logits.exp()
+    total = weights.sum(dim=-1, keepdim=True) + (0 if sinks is None else sinks.double().exp()[:, None])
+    assert attention.dtype == torch.float32
+    assert attention.shape == (4, 5000)
+    torch.testing.assert_close(attention.double(), weights / total, rtol=1e-4, atol=1e-9)
 
 
 def test_retained_ignores_floating_point_dust():

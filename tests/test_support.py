@@ -1,0 +1,44 @@
+import pytest
+from families import FAMILIES, load
+from transformers import (
+    DeepseekV3Config,
+    Gemma3nConfig,
+    Llama4Config,
+    MllamaConfig,
+    Qwen3NextConfig,
+    T5Gemma2Config,
+)
+
+from plphp_cli.errors import UnsupportedError
+from plphp_cli.support import FULL, LINEAR, SLIDING, layer_kinds
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_layers_of_each_family_are_full_or_left_alone(name):
+    kinds = layer_kinds(load(name).model.config)
+    assert kinds == ((SLIDING, FULL) * 2 if name == "gemma3" else (FULL,) * len(kinds))
+
+
+def test_linear_attention_is_left_alone():
+    kinds = layer_kinds(Qwen3NextConfig(num_hidden_layers=4))
+    assert kinds == (LINEAR, LINEAR, LINEAR, FULL)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (lambda: Gemma3nConfig(), "share keys and values"),
+        (lambda: Llama4Config(), "chunked attention"),
+        (lambda: DeepseekV3Config(), "MLA"),
+        (lambda: MllamaConfig(), "cross-attention"),
+        (lambda: T5Gemma2Config(), "encoder-decoder"),
+        (
+            lambda: Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2),
+            "no full-attention",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_decoder_that_cannot_be_pruned_is_refused_by_name(config, named):
+    with pytest.raises(UnsupportedError, match=named):
+        layer_kinds(config())
