@@ -1,5 +1,6 @@
 """`plphp` and `python -m plphp_cli`."""
 
+import signal
 import sys
 
 
@@ -7,7 +8,10 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     from plphp_cli.cli.app import main as run_command_line
 
-    sys.exit(run_command_line(sys.argv[1:]))
+    code = run_command_line(sys.argv[1:])
+    # All is written: a late Ctrl-C would only tear Python's own clean-up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from plphp_cli import __version__
-from plphp_cli.cli import run
+from plphp_cli.cli import calibrate, run
 from plphp_cli.cli.options import MultiValueCommand
 from plphp_cli.cli.output import print_error
 from plphp_cli.errors import DeviceMemoryError, PLPHPError
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 # Commands, one line each; a command's module imports torch in its functions only.
 app.command("run", cls=MultiValueCommand)(run.run)
+app.command("calibrate", cls=MultiValueCommand)(calibrate.calibrate)
 
 
 @app.callback(invoke_without_command=True)
@@ -51,10 +52,14 @@ def main(argv: Sequence[str]) -> int:
     code: Any
     try:
         command: Any = typer.main.get_command(app)
-        code = command.main(args=list(argv), prog_name="plphp", standalone_mode=False, obj=["plphp", *argv])
+        # Not `command.main`: that would print errors and meet closed pipes in its own way.
+        with command.make_context("plphp", list(argv), obj=["plphp", *argv]) as context:
+            code = command.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except typer.Exit as leave:
+        code = leave.exit_code
     except KeyboardInterrupt:
         print_error("interrupted")
         code = EXIT_INTERRUPTED

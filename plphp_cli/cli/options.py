@@ -14,7 +14,7 @@ from plphp_cli.errors import ConfigError, UsageError
 from plphp_cli.reports.text import one_line
 from plphp_cli.results import GenerationRecord
 
-MULTI_VALUE = ("--image",)
+MULTI_VALUE = ("--image", "--quantiles")
 MAX_PROMPT_BYTES = 1 << 22
 
 _INPUT, _PRUNING, _GENERATION, _MODEL, _OUTPUT = "Input", "Pruning", "Generation", "Model", "Output"

@@ -61,6 +61,10 @@ def _texts(record: RunRecord, width: int, colour: bool) -> list[Text]:
         return [_rule("pruned", width), *wrapped(_answer(pruned), width)]
     if pruned.text == unpruned.text:
         return [_rule("pruned and unpruned: the same text", width), *wrapped(_answer(pruned), width)]
+    if record.interrupted:
+        # What one arm had no time for is not a difference.
+        upper = [_rule("pruned", width), *wrapped(_answer(pruned), width)]
+        return [*upper, _rule("unpruned", width), *wrapped(_answer(unpruned), width)]
     first, second = word_diff(pruned.text, unpruned.text)
     how = Text("differences so", DIFFERENT_STYLE) if colour else Text("differences [[so]]")
     return [

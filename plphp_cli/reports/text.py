@@ -38,7 +38,10 @@ def fit(text: Text, width: int) -> Text:
 
 def wrapped(text: Text, width: int) -> list[Text]:
     """`text` in lines of at most `width` cells, broken between words, and within words that are longer."""
-    return list(text.wrap(_CONSOLE, max(width, 1), tab_size=4))
+    lines = list(text.wrap(_CONSOLE, max(width, 1), tab_size=4))
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def for_encoding(line: Text, encoding: str) -> Text:
