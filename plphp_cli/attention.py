@@ -31,7 +31,8 @@ from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, l
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
 
-BACKENDS = ("sdpa", "eager", "flex_attention")
+# Flash and flex attention take masks of their own kind and have not been proven: refused by name.
+BACKENDS = ("sdpa", "eager")
 _PREFIX = "plphp_"
 
 

@@ -216,11 +216,14 @@ def test_calling_a_part_of_the_model_is_refused(llava):
         llava.model.model(**llava.prompts[0])
 
 
-def test_a_back_end_that_was_not_proven_is_refused(llava):
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flex_attention"])
+def test_a_back_end_that_was_not_proven_is_refused(llava, backend):
     model = llava.fresh().model
-    model.get_decoder().config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UnsupportedError, match="flash_attention_2"), prune(model, CUT):
+    model.get_decoder().config._attn_implementation_internal = backend
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match=backend), prune(model, CUT):
         pass
+    assert snapshot(model) == before
 
 
 def test_a_layer_that_is_not_there_cannot_be_skipped(llava):
