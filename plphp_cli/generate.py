@@ -202,8 +202,7 @@ def advance(loaded: "LoadedModel", prefilled: Prefilled, ids: Tensor) -> Tensor:
     """Feed new tokens [1, q] to a prefilled prompt, inside `prune`; returns float32 logits [q, vocab]."""
     positions = prefilled.positions
     if positions is not None:
-        # The offset of multimodal positions stays with the prompt: the next position is the last one plus
-        # one.
+        # The offset of multimodal positions stays with the prompt: the next position is the last plus one.
         positions = positions + torch.arange(1, ids.shape[1] + 1, device=positions.device)
         prefilled.positions = positions[..., -1:]
     output = _forward(loaded.model, ids, prefilled.cache, positions)
@@ -226,11 +225,12 @@ def _decode(
     ids, logits = prefilled.input_ids, prefilled.logits
     for index in range(count):
         token = choose(ids, logits)
-        ids = torch.cat([ids, token], dim=-1)
         token_id = int(token)
+        elapsed_s = watch.elapsed()
+        ids = torch.cat([ids, token], dim=-1)
         ended = token_id in choose.eos
         last = ended or index + 1 == count
-        yield Token(index, token_id, text.add(token_id, flush=last), watch.elapsed())
+        yield Token(index, token_id, text.add(token_id, flush=last), elapsed_s)
         if last:
             break
         logits = advance(loaded, prefilled, token)[-1]

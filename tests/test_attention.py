@@ -335,6 +335,16 @@ def test_two_forwards_at_once_on_one_model_are_refused(llava):
     assert box[0].state.layers[3].vision_tokens == 16
 
 
+def test_a_forward_that_failed_does_not_hold_up_other_threads(llava):
+    prompt = as_prompt(llava.prompts[0])
+    with prune(llava.model, laws._Broken(RuntimeError("broken"))) as pruner:
+        thread, box = in_thread(prefill, llava.loaded, prompt, pruner)
+        thread.join()
+        assert isinstance(box[0], RuntimeError)
+        pruner.policy = None
+        assert prefill(llava.loaded, prompt, pruner).cache.get_seq_length() == 47
+
+
 def test_two_models_are_pruned_side_by_side_from_threads():
     families = [load("llava"), load("qwen2_5_vl")]
     configs = [CUT, PLPHPConfig(r=0.2, delta_r=0)]
