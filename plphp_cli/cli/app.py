@@ -12,9 +12,10 @@ from typer.exceptions import TyperException
 
 from plphp_cli import __version__
 from plphp_cli.cli import calibrate, run
+from plphp_cli.cli.failures import explained
 from plphp_cli.cli.options import MultiValueCommand
 from plphp_cli.cli.output import print_error
-from plphp_cli.errors import DeviceMemoryError, PLPHPError
+from plphp_cli.errors import PLPHPError
 
 EXIT_INTERRUPTED = 130
 # What a shell reports of a program that wrote into a closed pipe: 128 + SIGPIPE.
@@ -80,8 +81,7 @@ def _report(error: Exception, debug: bool) -> int:
         name = context.command_path if context is not None else "plphp"
         print_error(_first_lines(error.format_message()), f"see `{name} --help`")
         return error.exit_code
-    if is_out_of_memory(error) and not isinstance(error, PLPHPError):
-        error = out_of_memory()
+    error = explained(error)
     if isinstance(error, PLPHPError):
         print_error(error.message, error.hint)
         return error.exit_code
@@ -91,24 +91,6 @@ def _report(error: Exception, debug: bool) -> int:
     what = _first_lines(str(error)) or "no message"
     print_error(f"unexpected {type(error).__name__}: {what}", "repeat with --debug to see where")
     return 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left; torch says so in ways that differ by device."""
-    if isinstance(error, MemoryError | DeviceMemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "not enough memory" in text
-    )
-
-
-def out_of_memory() -> DeviceMemoryError:
-    """The error that tells a user what to try."""
-    return DeviceMemoryError(
-        "out of memory",
-        hint="try --max-pixels, fewer images, --dtype bfloat16, fewer --max-new-tokens or a smaller model",
-    )
 
 
 def _first_lines(message: str) -> str:

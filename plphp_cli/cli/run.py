@@ -6,6 +6,7 @@ import sys
 import typer
 
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.output import (
     Answer,
@@ -110,7 +111,7 @@ def execute(request: "RunRequest", *, json_target: str | None, force: bool, live
         except Exception as error:
             # An interrupted import or kernel may surface as an error of its own.
             interrupted = interrupts.received is not None
-            failure = None if interrupted else error
+            failure = None if interrupted else explained(error)
             if failure is not None and not (session.answered or isinstance(failure, BrokenPipeError)):
                 raise
         if interrupted or isinstance(failure, BrokenPipeError):
