@@ -30,7 +30,8 @@ from plphp_cli.builtin.questions import ask, caption, sample_group
 from plphp_cli.builtin.scenes import Box, Scene, Split
 from plphp_cli.builtin.tower import draw_batch
 
-BLOCK_GROUPS = 3
+BLOCK_GROUPS = 4
+LONG_SHARE = 0.45
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Batch:
         ids: [B, S].
         positions: [B, S].
         targets: [B, S]; -100 where there is no loss.
+        weights: [B, S]; weight of each target, so that long answers do not drown the short ones.
         packing: how each row is laid out.
         image_mask: [S], where the vision tokens are; the same in every row.
         pixels: [B * images, 3, 96, 96]; None where the scenes are told in words.
@@ -51,6 +53,7 @@ class Batch:
     ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
     packing: Packing
     image_mask: torch.Tensor
     pixels: torch.Tensor | None
@@ -88,7 +91,7 @@ def sample_batch(
 
     rows_of_blocks = []
     for group in groups:
-        asked = ask(rng, group, blocks, long_share=0.6)
+        asked = ask(rng, group, blocks, long_share=LONG_SHARE)
         encoded = tokenizer.encode_batch([text for qa in asked for text in (qa.question, qa.answer)])
         pairs = [
             ([*question.ids, ids_of[ASSISTANT]], [*answer.ids, ids_of[EOS]], qa.kind)
@@ -102,6 +105,7 @@ def sample_batch(
     total = prefix + sum(slots)
     token_ids = np.full((rows, total), ids_of[PAD], np.int64)
     targets = np.full((rows, total), -100, np.int64)
+    weights = np.zeros((rows, total), np.float32)
     positions = np.arange(prefix)
     positions = np.concatenate([positions, *(prefix + np.arange(tokens) for tokens in slots)])
     for row, pairs in enumerate(rows_of_blocks):
@@ -112,6 +116,7 @@ def sample_batch(
             token_ids[row, start : start + len(whole) - 1] = whole[:-1]
             first = start + len(question) - 1
             targets[row, first : first + len(answer)] = answer
+            weights[row, first : first + len(answer)] = len(answer) ** -0.5
             start += tokens
     drawn = None
     if not told:
@@ -121,6 +126,7 @@ def sample_batch(
         ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions).expand(rows, -1),
         targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights),
         packing=packing,
         image_mask=torch.from_numpy(token_ids[0] == ids_of[IMAGE]),
         pixels=None if drawn is None else drawn[0],

@@ -225,8 +225,14 @@ def _sign_full(rng: random.Random, scene: Scene, where: str) -> QA | None:
     return QA("sign", ask.format(where), answer)
 
 
-SHORT: tuple[Asker, ...] = (_color, _shape, _size, _where, _count, _count_some, _read, _sign_color)
-LONG: tuple[Asker, ...] = (_caption, _list, _enumerate, _exists, _relation, _same_color, _sign_full)
+# Kinds that need a look-up by name are the hardest to learn, so they are asked more often.
+SHORT: tuple[Asker, ...] = (
+    _color, _color, _shape, _shape, _size, _where, _where, _count, _count_some, _read, _sign_color,
+)  # fmt: skip
+LONG: tuple[Asker, ...] = (
+    _caption, _caption, _list, _enumerate, _exists, _exists, _relation, _relation, _same_color, _same_color,
+    _sign_full,
+)  # fmt: skip
 
 
 def _each_count(rng: random.Random, group: Sequence[Scene]) -> QA | None:

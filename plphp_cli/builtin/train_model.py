@@ -21,6 +21,7 @@ from plphp_cli.builtin.scenes import sample_scene
 from plphp_cli.builtin.tower import DenseHead, dense_targets, draw_batch
 
 DENSE_WEIGHT = 0.05
+BLOCKS = 16
 
 
 class Learner(nn.Module):
@@ -89,9 +90,11 @@ def answer_loss(learner: Learner, batch: Batch, *, tower_moves: bool) -> tuple[t
     asked = batch.targets != -100
     logits = learner.llava.lm_head(hidden[asked]).float()
     wanted = batch.targets[asked]
-    loss = F.cross_entropy(logits, wanted)
+    nats = F.cross_entropy(logits, wanted, reduction="none")
+    weights = batch.weights[asked]
+    loss = (nats * weights).sum() / weights.sum()
     right = float((logits.argmax(-1) == wanted).float().mean())
-    return loss + DENSE_WEIGHT * dense, float(loss.detach()), right
+    return loss + DENSE_WEIGHT * dense, float(nats.detach().mean()), right
 
 
 @torch.no_grad()
@@ -118,7 +121,9 @@ def draw(tokenizer: Tokenizer, rng: random.Random, step: int, rows: int, several
     told = rng.random() < (0.3 if easy else 0.05)
     images = rng.choice((2, 2, 3)) if rng.random() < several_share else 1
     rows = max(2, rows // images)
-    return sample_batch(tokenizer, rng, rows=rows, blocks=10, images=images, most=3 if easy else 5, told=told)
+    return sample_batch(
+        tokenizer, rng, rows=rows, blocks=BLOCKS, images=images, most=3 if easy else 5, told=told
+    )
 
 
 def train_model(out: Path, seed: int, stage: int, steps: int, rows: int, compiled: bool) -> None:

@@ -1,0 +1,125 @@
+"""`plphp calibrate`: set alpha and beta on a model's own scale of gamma, and find the layers not to cut."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from plphp_cli.cli import options as opt
+from plphp_cli.cli.output import print_lines, say, write_stdout
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.dataset import Example, read_examples
+from plphp_cli.errors import UsageError
+from plphp_cli.images import load_image
+from plphp_cli.reports.calibration import calibration_report
+from plphp_cli.serialize import check_writable, to_json, write_text
+
+if TYPE_CHECKING:
+    from plphp_cli.models import LoadedModel
+    from plphp_cli.prompt import Prompt
+
+OutOption = Annotated[
+    str, typer.Option("--out", metavar="FILE", help="Config file to write.", rich_help_panel="Output")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="JSON Lines of prompts: images, prompt, answer.",
+        rich_help_panel="Input",
+    ),
+]
+QuantilesOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--quantiles",
+        metavar="LOW HIGH",
+        help="Quantiles of gamma for beta and alpha; terciles by default.",
+        rich_help_panel="Pruning",
+    ),
+]
+
+
+def calibrate(
+    out: OutOption,
+    image: opt.ImageOption = None,
+    prompt: opt.PromptOption = None,
+    data: DataOption = None,
+    system: opt.SystemOption = None,
+    max_pixels: opt.MaxPixelsOption = None,
+    model: opt.ModelOption = "builtin",
+    dtype: opt.DtypeOption = "auto",
+    device: opt.DeviceOption = "auto",
+    attn: opt.AttnOption = "sdpa",
+    config: opt.ConfigOption = None,
+    quantiles: QuantilesOption = None,
+    r: opt.ROption = None,
+    delta_r: opt.DeltaROption = None,
+    scope: opt.ScopeOption = None,
+    head_reduce: opt.HeadReduceOption = None,
+    max_new_tokens: opt.MaxNewTokensOption = 64,
+    json: opt.JsonOption = None,
+    force: opt.ForceOption = False,
+    debug: opt.DebugOption = False,
+) -> int:
+    """Measure gamma and each layer's need on prompts, and write a config whose thresholds suit the model.
+
+    alpha and beta become quantiles of the model's own gamma; layers whose need stands far out are exempt.
+    """
+    from plphp_cli.calibration import TERCILES
+
+    check_writable(Path(out), force)
+    opt.check_json_target(json, force)
+    if quantiles is not None and len(quantiles) != 2:
+        raise UsageError(f"{len(quantiles)} quantiles were given; expected two", hint="e.g. 0.33 0.67")
+    examples = _examples(image, prompt, data, system)
+    base = PLPHPConfig.from_file(config) if config is not None else PLPHPConfig()
+    base = base.replace(
+        **opt.overrides(r=r, delta_r=delta_r, scope=scope, head_reduce=head_reduce), skip_layers=()
+    )
+    opt.check_generation(max_new_tokens, None, None, 0)
+
+    from plphp_cli.calibration import calibrate as measure
+    from plphp_cli.models import load
+
+    say(f"loading {model}")
+    loaded = load(model, dtype=dtype, device=device, attn=attn)
+    prompts = [_prepare(loaded, example, max_pixels) for example in examples]
+    low, high = TERCILES if quantiles is None else quantiles
+    record = measure(
+        loaded,
+        prompts,
+        base,
+        quantiles=(low, high),
+        max_new_tokens=max_new_tokens,
+        progress=lambda done: say(f"prompt {done} of {len(prompts)}"),
+    )
+    record.config.to_file(out, force)
+    print_lines(calibration_report(record))
+    say(f"config written to {out}; use it with --config {out}")
+    if json == "-":
+        write_stdout(to_json(record))
+    elif json is not None:
+        write_text(json, to_json(record) + "\n", force)
+    return 0
+
+
+def _examples(
+    image: list[str] | None, prompt: str | None, data: str | None, system: str | None
+) -> list[Example]:
+    """What to calibrate on: the prompts of `--data`, or the one of `--image` and `--prompt`."""
+    if data is not None:
+        if image or prompt is not None:
+            raise UsageError("--data was given with --image or --prompt", hint="use one or the other")
+        return read_examples(Path(data))
+    if not image:
+        raise UsageError("no image was given", hint="name files with --image, or prompts with --data")
+    return [Example(tuple(map(Path, image)), opt.read_prompt(prompt), system=system)]
+
+
+def _prepare(loaded: "LoadedModel", example: Example, max_pixels: int | None) -> "Prompt":
+    from plphp_cli.models import prepare
+
+    images = [load_image(path, max_pixels) for path in example.images]
+    return prepare(loaded, images, example.prompt, example.system)
