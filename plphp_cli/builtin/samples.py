@@ -51,13 +51,13 @@ def samples(rng: random.Random) -> list[Sample]:
     before, after = sample_change(rng, "held-out")
     return [
         Sample("shapes.png", held_out(4, 5, 0)),
-        Sample("sign.png", held_out(3, 4, 1)),
-        Sample("signpost.png", held_out(1, 2, 1)),
+        Sample("sign.png", held_out(3, 4, 1), seed=SEED + 4),
+        Sample("signpost.png", held_out(1, 2, 1), seed=SEED + 5),
         Sample("before.png", before),
         Sample("after.png", after),
         *(Sample(f"set-{n}.png", held_out(2, 3, 0.3), seed=SEED + n) for n in (1, 2, 3)),
-        Sample("wide.png", held_out(3, 4, 0), size=(560, 420)),
-        Sample("turned.jpg", held_out(3, 4, 0.5)),
+        Sample("wide.png", held_out(3, 4, 0), size=(560, 420), seed=SEED + 6),
+        Sample("turned.jpg", held_out(3, 4, 0.5), seed=SEED + 9),
     ]
 
 
