@@ -222,7 +222,7 @@ def choose_config(model: str, config_file: str | None, knobs: dict[str, Any]) ->
         config, origin = PLPHPConfig.from_file(config_file), f"from {one_line(config_file)}"
         origin += ", calibrated" if config.calibrated else ""
     elif model == BUILTIN and builtin.is_file():
-        config, origin = PLPHPConfig.from_file(builtin), "the built-in model's own, calibrated on it"
+        config, origin = PLPHPConfig.from_file(builtin), "calibrated for the built-in model"
     else:
         config, origin = PLPHPConfig(), "defaults, not calibrated"
     if {"alpha", "beta"} & knobs.keys():

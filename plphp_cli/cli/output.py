@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -77,12 +79,37 @@ def write_stdout(text: str) -> None:
 
 
 @contextlib.contextmanager
+def suspendable(console: Console) -> Iterator[None]:
+    """Ctrl-Z gives the terminal back to the shell while the program is stopped, and takes it again after."""
+    stop = getattr(signal, "SIGTSTP", None)
+    if stop is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(stop)
+
+    def suspend(number: int, frame: object) -> None:
+        restore(console)
+        signal.signal(stop, signal.SIG_DFL)
+        os.kill(os.getpid(), stop)
+        # From here on the program runs again.
+        signal.signal(stop, suspend)
+        console.set_alt_screen(True)
+        console.show_cursor(False)
+
+    signal.signal(stop, suspend)
+    try:
+        yield
+    finally:
+        signal.signal(stop, before)
+
+
+@contextlib.contextmanager
 def live_view(source: Callable[[], LiveSnapshot]) -> Iterator[None]:
     """The live view while the context is open; what is written to stderr meanwhile comes out after it."""
     console, held = stderr_console(), io.StringIO()
     stderr = sys.stderr
     try:
-        with contextlib.redirect_stderr(held), LiveView(console, source):
+        with suspendable(console), contextlib.redirect_stderr(held), LiveView(console, source):
             yield
     finally:
         restore(console)

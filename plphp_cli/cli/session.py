@@ -76,7 +76,7 @@ class RunSession:
         self._token_ids: dict[str, list[int]] = {PRUNED: [], UNPRUNED: []}
         self._view = LiveSnapshot(
             title=f"plphp run  {request.model}",
-            config=f"{config_line(request.config)}  ({request.config_origin})",
+            config=f"{request.config_origin}: {config_line(request.config)}",
             stage="loading",
             pruned=ArmSnapshot(PRUNED),
             unpruned=ArmSnapshot(UNPRUNED) if request.baseline else None,

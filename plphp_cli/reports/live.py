@@ -1,6 +1,5 @@
 """The live view: snapshots in, one screenful out, drawn several times a second by its own thread."""
 
-import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -111,9 +110,9 @@ class LiveView:
 
 def restore(console: Console) -> None:
     """Leave the second screen and show the cursor, even if that was interrupted once already."""
-    console.set_alt_screen(False)
+    if console.is_alt_screen:
+        console.set_alt_screen(False)
     console.show_cursor(True)
-    sys.stderr.flush()
 
 
 class _Screen:

@@ -45,7 +45,7 @@ def run_report(record: RunRecord, width: int, colour: bool) -> list[Text]:
 
 def config_line(config: PLPHPConfig) -> str:
     """The config in one line, in the paper's symbols."""
-    parts = [f"{name} {getattr(config, name):g}" for name in ("r", "delta_r", "alpha", "beta")]
+    parts = [f"{name} {getattr(config, name):.3g}" for name in ("r", "delta_r", "alpha", "beta")]
     if config.scope != "prompt":
         parts.append(f"scope {config.scope}")
     if config.head_reduce != "mean":
