@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,26 @@ def test_knobs_change_a_config_file_and_end_its_calibration(
     assert record["config"]["calibrated"] is False
     assert record["config"]["skip_layers"] == [0, 2]
     assert [layer["group"] for layer in record["layers"]][::2] == ["skipped", "skipped"]
+
+
+def test_the_built_in_model_runs_with_its_own_config_and_says_so_first(
+    toy: Path,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy, folder)
+    (folder / "plphp_config.json").write_text('{"alpha": 0.9, "beta": 0.5, "calibrated": true}')
+    monkeypatch.setattr("plphp_cli.models.sources.BUILTIN_FOLDER", folder)
+    words = [word for word in command if word not in ("--model", str(toy))]
+    assert main([*words, "--no-baseline", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    first = "config: calibrated for the built-in model: r 0.4 delta_r 0.3 alpha 0.9 beta 0.5"
+    assert err.splitlines()[0] == first
+    assert json.loads(out)["model"] == "builtin"
+    assert json.loads(out)["config"]["calibrated"] is True
 
 
 def test_max_pixels_reduces_before_the_processor(

@@ -222,7 +222,8 @@ def choose_config(model: str, config_file: str | None, knobs: dict[str, Any]) ->
         config, origin = PLPHPConfig.from_file(config_file), f"from {one_line(config_file)}"
         origin += ", calibrated" if config.calibrated else ""
     elif model == BUILTIN and builtin.is_file():
-        config, origin = PLPHPConfig.from_file(builtin), "calibrated for the built-in model"
+        config = PLPHPConfig.from_file(builtin)
+        origin = f"{'calibrated' if config.calibrated else 'default'} for the built-in model"
     else:
         config, origin = PLPHPConfig(), "defaults, not calibrated"
     if {"alpha", "beta"} & knobs.keys():

@@ -94,6 +94,7 @@ def _figures(record: RunRecord, width: int) -> list[Text]:
         lines.append(_row(label, shown, "", width))
 
     figure("TTFT", lambda arm: format_seconds(arm.ttft_s), "ttft")
+    figure("  of it preprocessing", lambda arm: format_seconds(arm.preprocess_s))
     figure("  of it prefill", lambda arm: format_seconds(arm.prefill_s))
     figure("decode", lambda arm: format_rate(arm.decode_tokens_per_s), "decode")
     figure("new tokens", lambda arm: format_count(arm.new_tokens))
