@@ -88,7 +88,7 @@ def _bound(record: RunRecord) -> str:
         "that an unpruned decoding step reads"
     )
     if ideal < 1 + _NOISE:
-        text += ", too little for pruning to show in speed"
+        text += "; a gain that small does not show in a measurement"
     return text
 
 
