@@ -307,6 +307,7 @@ def a_failed_call_does_not_spoil_the_next(family):
         expected = answer(model, inputs)
     for error in (RuntimeError("forward"), KeyboardInterrupt()):
         with prune(model, CUT) as pruner:
+            answer(model, family.prompts[1])
             policy, pruner.policy = pruner.policy, _Broken(error)
             with contextlib.suppress(type(error)):
                 answer(model, inputs)
@@ -354,21 +355,30 @@ def _in_turn(family, prompts):
 
 
 def no_cache_tensor_is_kept(family):
-    """After generate returns, the pruner reaches no tensor of the cache."""
+    """After generate, or a step of the engine, returns, the pruner reaches no tensor of the cache."""
     inputs = family.prompts[0]
     with prune(family.model, CUT) as pruner:
         answer(family.model, inputs)
-        reachable, frontier = {}, [vars(pruner)]
-        while frontier:
-            thing = frontier.pop()
-            if id(thing) in reachable or isinstance(thing, torch.nn.Module | type):
-                continue
-            reachable[id(thing)] = thing
-            if type(thing).__module__.startswith("plphp_cli") or isinstance(thing, dict | list | tuple):
-                frontier += gc.get_referents(thing)
-        tensors = [thing for thing in reachable.values() if isinstance(thing, torch.Tensor)]
-        assert tensors
-        assert not [t for t in tensors if t.is_floating_point()]
+        _check_no_cache_within(pruner)
+        run = prefill(family.loaded, as_prompt(inputs), pruner)
+        _check_no_cache_within(pruner)
+        advance(family.loaded, run, run.logits.argmax()[None, None])
+        _check_no_cache_within(pruner)
+
+
+def _check_no_cache_within(pruner):
+    reachable, frontier = {}, [vars(pruner)]
+    while frontier:
+        thing = frontier.pop()
+        if id(thing) in reachable or isinstance(thing, torch.nn.Module | type):
+            continue
+        reachable[id(thing)] = thing
+        ours = type(thing).__module__.startswith(("plphp_cli", "transformers.cache_utils"))
+        if ours or isinstance(thing, dict | list | tuple):
+            frontier += gc.get_referents(thing)
+    tensors = [thing for thing in reachable.values() if isinstance(thing, torch.Tensor)]
+    assert tensors
+    assert not [t for t in tensors if t.is_floating_point()]
 
 
 class _Watch(TorchDispatchMode):
