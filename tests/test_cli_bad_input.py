@@ -36,12 +36,14 @@ class Refusal:
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
-    def __call__(self, *args: object, code: int = 2) -> str:
+    def __call__(self, *args: object, code: int = 2, loads: bool = False) -> str:
         """The error of a command line, after the rules that every error keeps."""
         assert main(["run", *map(str, args)]) == code
         out, err = self._capsys.readouterr()
         assert out == ""
         assert "Traceback" not in err
+        # What can be known before the model loads is refused before.
+        assert ("loading" in err) == loads
         lines = err.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1
@@ -220,14 +222,18 @@ def test_a_folder_that_is_no_vision_language_model_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert expected in refusal("--image", image, "--prompt", "what?", "--model", tmp_path)
+    # What kind of model it is only transformers knows.
+    loads = "model_type" in (content or "")
+    assert expected in refusal("--image", image, "--prompt", "what?", "--model", tmp_path, loads=loads)
 
 
 def test_an_incomplete_model_is_refused(refusal: Refusal, toy: Path, image: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(toy, folder)
     (folder / "model.safetensors").unlink()
-    assert "model.safetensors" in refusal("--image", image, "--prompt", "what?", "--model", folder)
+    assert "model.safetensors" in refusal(
+        "--image", image, "--prompt", "what?", "--model", folder, loads=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +254,7 @@ def test_an_incomplete_model_is_refused(refusal: Refusal, toy: Path, image: str,
 def test_what_only_the_model_can_tell_is_refused_too(
     refusal: Refusal, toy: Path, image: str, args: list[str], expected: str
 ) -> None:
-    assert expected in refusal("--image", image, "--prompt", "what?", "--model", toy, *args)
+    assert expected in refusal("--image", image, "--prompt", "what?", "--model", toy, *args, loads=True)
 
 
 # Failures at work
@@ -277,7 +283,7 @@ def test_running_out_of_memory_says_what_to_try(
 ) -> None:
     # Torch's own refusal: an exbibyte is more than any machine gives.
     at_forward(1, lambda: torch.empty(1 << 60, dtype=torch.uint8))
-    error = refusal("--image", image, "--prompt", "what?", "--model", toy, code=1)
+    error = refusal("--image", image, "--prompt", "what?", "--model", toy, code=1, loads=True)
     assert error.startswith("error: out of memory")
     assert "--max-pixels" in error
 
@@ -315,7 +321,7 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_only_on_request(
 
     at_forward(1, fail)
     args = ["--image", image, "--prompt", "what?", "--model", toy]
-    error = refusal(*args, code=1)
+    error = refusal(*args, code=1, loads=True)
     assert error.startswith("error: unexpected ZeroDivisionError: a fault \\x1b[31m")
     assert "--debug" in error
     at_forward(1, fail)

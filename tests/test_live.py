@@ -185,4 +185,5 @@ def test_the_terminal_is_given_back(leave: str, ending: str) -> None:
     assert "a library's warning" not in view
     assert "a library's warning" in rest
     assert ending in rest
+    assert "stage" not in rest
     assert "after False" in rest

@@ -291,6 +291,16 @@ def _read_stdin() -> str:
         ) from error
 
 
+def check_model(name: str) -> None:
+    """Refuse a model that is not there, or whose config says that it cannot be one, before torch is imported.
+
+    Raises what `models.load` raises for such names.
+    """
+    from plphp_cli.models.sources import locate, read_config_json
+
+    read_config_json(locate(name))
+
+
 def check_json_target(path: str | None, force: bool) -> None:
     """Fail before the work where writing the record would fail after it. Raises `UsageError`."""
     from plphp_cli.results import check_writable

@@ -73,8 +73,10 @@ def run(
     text = opt.read_prompt(prompt)
     if system is not None:
         opt.check_text("system message", system)
+    shown = tuple(load_image(path, max_pixels) for path in image)
+    opt.check_model(model)
     request = RunRequest(
-        images=tuple(load_image(path, max_pixels) for path in image),
+        images=shown,
         prompt=text,
         system=system,
         model=model,
