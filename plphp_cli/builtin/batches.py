@@ -116,7 +116,7 @@ def sample_batch(
             token_ids[row, start : start + len(whole) - 1] = whole[:-1]
             first = start + len(question) - 1
             targets[row, first : first + len(answer)] = answer
-            weights[row, first : first + len(answer)] = len(answer) ** -0.5
+            weights[row, first : first + len(answer)] = len(answer) ** -0.75
             start += tokens
     drawn = None
     if not told:

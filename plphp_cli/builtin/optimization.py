@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,36 +23,18 @@ class Trainer(Generic[M]):
         module: float32 master; ``self.work`` is the bfloat16 copy that losses must be computed on.
         muon_lr: peak learning rate of the weight matrices inside blocks (Muon).
         adam_lr: peak learning rate of everything else (AdamW).
-        slow: parameters whose learning rate is multiplied by ``slow_factor``.
     """
 
-    def __init__(
-        self,
-        module: M,
-        *,
-        muon_lr: float,
-        adam_lr: float,
-        slow: Iterable[nn.Parameter] = (),
-        slow_factor: float = 1.0,
-    ) -> None:
+    def __init__(self, module: M, *, muon_lr: float, adam_lr: float) -> None:
         self.module = module
         self.work: M = copy.deepcopy(module).bfloat16()
-        slow_ids = {id(p) for p in slow}
-        matrices: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        others: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            is_block_matrix = parameter.ndim == 2 and "layers." in name
-            (matrices if is_block_matrix else others)[id(parameter) in slow_ids].append(parameter)
-        groups = lambda split, lr: [  # noqa: E731
-            {"params": p, "lr": lr * (slow_factor if is_slow else 1.0)} for is_slow, p in split.items() if p
-        ]
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in trained if p.ndim == 2 and "layers." in name]
+        others = [p for name, p in trained if not (p.ndim == 2 and "layers." in name)]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups(others, adam_lr), betas=(0.9, 0.95), weight_decay=0.0)
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
         ]
-        if any(matrices.values()):
-            self.optimizers.append(torch.optim.Muon(groups(matrices, muon_lr), weight_decay=0.01))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]

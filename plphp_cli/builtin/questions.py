@@ -66,7 +66,7 @@ Asker = Callable[[random.Random, Scene, str], QA | None]
 
 
 def _color(rng: random.Random, scene: Scene, where: str) -> QA | None:
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         item = rng.choice(scene.items)
         return QA("color", f"what color is the shape at the {item.place}{where}?", item.color)
     if not (items := _unique(scene)):
@@ -227,7 +227,8 @@ def _sign_full(rng: random.Random, scene: Scene, where: str) -> QA | None:
 
 # Kinds that need a look-up by name are the hardest to learn, so they are asked more often.
 SHORT: tuple[Asker, ...] = (
-    _color, _color, _shape, _shape, _size, _where, _where, _count, _count_some, _read, _sign_color,
+    _color, _color, _color, _shape, _size, _where, _where, _where, _count, _count_some, _count_some, _read,
+    _sign_color,
 )  # fmt: skip
 LONG: tuple[Asker, ...] = (
     _caption, _caption, _list, _enumerate, _exists, _exists, _relation, _relation, _same_color, _same_color,
@@ -362,7 +363,7 @@ def ask(rng: random.Random, group: Group, count: int, *, long_share: float = 0.5
         if len(scenes) == 1:
             qa = rng.choice(LONG if is_long else SHORT)(rng, scenes[0], "")
         elif is_long and rng.random() < 0.75:
-            changes = len(scenes) == 2 and change_of(*scenes) is not None and rng.random() < 0.35
+            changes = len(scenes) == 2 and change_of(*scenes) is not None and rng.random() < 0.5
             qa = _changed(rng, scenes) if changes else rng.choice(ACROSS)(rng, scenes)
         else:
             index = rng.randrange(len(scenes))

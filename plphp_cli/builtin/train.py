@@ -2,32 +2,42 @@
 
     python -m plphp_cli.builtin.train --out FOLDER [--workers 2] [--seed 0]
 
-Three stages, each checkpointed in FOLDER and resumed from there by the same command: the tower learns what
-each patch shows, then projector and decoder learn to answer, then the tower moves along. The learning curves
-are ``*.jsonl`` in FOLDER, the finished model is ``FOLDER/model``.
+Two stages, each checkpointed in FOLDER and resumed from there by the same command: the tower learns what each
+patch shows, then projector and decoder learn to answer. The learning curves are ``*.jsonl`` in FOLDER, the
+finished and calibrated model is ``FOLDER/model``.
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
 from plphp_cli.builtin.dialogue import load_tokenizer, processor
+from plphp_cli.builtin.evaluate import pictures
 from plphp_cli.builtin.optimization import launch
+from plphp_cli.builtin.questions import ask, sample_group
 from plphp_cli.builtin.train_model import Learner, train_model
 from plphp_cli.builtin.train_tower import train_tower
+from plphp_cli.calibration import CalibrationRecord, calibrate
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.models import load, prepare
+from plphp_cli.models.loaded import CONFIG_NAME
 
 TOWER_STEPS, TOWER_BATCH = 850, 48
-STAGE_STEPS = {1: 4000, 2: 1500}
-ROWS = 8
+STEPS = 4300
+ROWS = 7
+CALIBRATION_PROMPTS = 48
+BASE = PLPHPConfig(r=0.3, delta_r=0.2)
+"""What the shipped config takes over; alpha, beta and skip_layers are calibrated."""
 
 
-def export(out: Path, seed: int, stage: int, folder: Path) -> None:
+def export(out: Path, seed: int, folder: Path) -> None:
     """Write a checkpoint as a transformers model folder: float16 safetensors, tokenizer, processor."""
     tokenizer = load_tokenizer(out, seed)
     learner = Learner(tokenizer, seed)
-    saved = torch.load(out / f"stage{stage}.pt", weights_only=True)
+    saved = torch.load(out / "model.pt", weights_only=True)
     learner.load_state_dict(saved["trainer"]["module"])
     model = learner.llava.to(torch.float16)
     config = model.config.get_text_config()
@@ -38,6 +48,21 @@ def export(out: Path, seed: int, stage: int, folder: Path) -> None:
     processor(tokenizer).save_pretrained(folder)
 
 
+def calibrate_on_training_scenes(folder: Path, seed: int, prompts: int) -> CalibrationRecord:
+    """Calibrate the exported model on prompts about training scenes, and put its config beside it."""
+    loaded = load(str(folder), dtype="float32", device="cpu")
+    rng = random.Random(seed)
+    chosen = []
+    for number in range(prompts):
+        group = sample_group(rng, "train", (1, 1, 2, 3)[number % 4])
+        (qa,) = ask(rng, group, 1, long_share=1.0)
+        chosen.append(prepare(loaded, pictures(group), qa.question))
+    record = calibrate(loaded, chosen, BASE)
+    shipped = record.config.replace(calibrated_on=f"builtin, {prompts} prompts about training scenes")
+    shipped.to_file(folder / CONFIG_NAME, force=True)
+    return record
+
+
 def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(prog="python -m plphp_cli.builtin.train", description=__doc__)
@@ -45,9 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes, one per core")
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
-    parser.add_argument(
-        "--steps", type=int, nargs=2, default=list(STAGE_STEPS.values()), help="of stages 1 and 2"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="of projector and decoder")
     parser.add_argument("--no-compile", action="store_true", help="do without a C++ compiler, 15 %% slower")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -55,10 +78,11 @@ def main() -> None:
     torch.set_num_threads(1)
     load_tokenizer(out, arguments.seed)
     launch(train_tower, arguments.workers, out, arguments.seed, arguments.tower_steps, TOWER_BATCH)
-    for stage, steps in enumerate(arguments.steps, 1):
-        compiled = not arguments.no_compile
-        launch(train_model, arguments.workers, out, arguments.seed, stage, steps, ROWS, compiled)
-    export(out, arguments.seed, 2, out / "model")
+    compiled = not arguments.no_compile
+    launch(train_model, arguments.workers, out, arguments.seed, arguments.steps, ROWS, compiled)
+    export(out, arguments.seed, out / "model")
+    record = calibrate_on_training_scenes(out / "model", arguments.seed, CALIBRATION_PROMPTS)
+    print(record.finding)
     print(f"model written to {out / 'model'}")
 
 

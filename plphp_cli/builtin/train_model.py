@@ -1,4 +1,4 @@
-"""Stages 1 and 2: projector and decoder learn to answer; in stage 2 the tower moves along, slowly."""
+"""Stage 1 of the training: projector and decoder learn to answer; the tower rests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from plphp_cli.builtin.batches import Batch, sample_batch
 from plphp_cli.builtin.dialogue import BOS, EOS, IMAGE, PAD, load_tokenizer, special_ids
 from plphp_cli.builtin.optimization import Trainer, is_first, rank, save_atomically, schedule
 from plphp_cli.builtin.scenes import sample_scene
-from plphp_cli.builtin.tower import DenseHead, dense_targets, draw_batch
+from plphp_cli.builtin.tower import draw_batch
 
-DENSE_WEIGHT = 0.05
 BLOCKS = 16
+SEVERAL_SHARE = 0.45
+PEAK_LR = 0.005
+EASY_STEPS = 300
 
 
 class Learner(nn.Module):
-    """The LLaVA model and, for stage 2, the tower's dense head."""
+    """The LLaVA model, with a tower that learns no more."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class Learner(nn.Module):
         )
         self.llava = build(config, seed)
         self.llava.set_attn_implementation(attention_training.NAME)
-        self.head = DenseHead()
+        self.llava.model.vision_tower.requires_grad_(False)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, 96, 96] to what the projector reads [B, 144, width]."""
@@ -45,9 +47,7 @@ class Learner(nn.Module):
         """Start from a trained tower and whiten what enters the projector."""
         saved = torch.load(path, weights_only=True)["trainer"]["module"]
         tower = {k.removeprefix("tower."): v for k, v in saved.items() if k.startswith("tower.")}
-        head = {k.removeprefix("head."): v for k, v in saved.items() if k.startswith("head.")}
         self.llava.model.vision_tower.load_state_dict(tower)
-        self.head.load_state_dict(head)
         rng = random.Random(0)
         pixels, _ = draw_batch([sample_scene(rng, "train") for _ in range(200)], list(range(200)), rng)
         with torch.no_grad():
@@ -60,41 +60,31 @@ class Learner(nn.Module):
             first.weight.copy_(whiten)
             first.bias.copy_(-whiten @ mean)
 
-    def freeze_tower(self, frozen: bool) -> None:
-        """Exclude or include the tower and its head from training."""
-        for parameter in [*self.llava.model.vision_tower.parameters(), *self.head.parameters()]:
-            parameter.requires_grad_(not frozen)
 
-
-def hidden_states(learner: Learner, batch: Batch, *, tower_moves: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's last hidden states [B, S, width] and the dense loss (0 while the tower rests)."""
+def hidden_states(learner: Learner, batch: Batch) -> torch.Tensor:
+    """The decoder's last hidden states [B, S, width]."""
     model = learner.llava.model
     embeds = model.get_input_embeddings()(batch.ids)
-    dense = torch.zeros(())
     if batch.pixels is not None:
-        with torch.set_grad_enabled(tower_moves):
+        with torch.no_grad():
             features = learner.features(batch.pixels.to(embeds.dtype))
-        if tower_moves:
-            dense = learner.head.loss(features, dense_targets(batch.placed))[0]
         seen = model.multi_modal_projector(features).reshape(len(batch.ids), -1, WIDTH)
         embeds = embeds.masked_scatter(batch.image_mask[None, :, None].expand_as(embeds), seen)
-    hidden = model.language_model(
+    return model.language_model(
         inputs_embeds=embeds, position_ids=batch.positions, use_cache=False, packing=batch.packing
     ).last_hidden_state
-    return hidden, dense
 
 
-def answer_loss(learner: Learner, batch: Batch, *, tower_moves: bool) -> tuple[torch.Tensor, float, float]:
-    """Loss (with the dense part if the tower moves), answer loss in nats a token, share of tokens right."""
-    hidden, dense = hidden_states(learner, batch, tower_moves=tower_moves)
+def answer_loss(learner: Learner, batch: Batch) -> tuple[torch.Tensor, float, float]:
+    """Weighted loss of the answers, their plain loss in nats a token, and the share of tokens right."""
+    hidden = hidden_states(learner, batch)
     asked = batch.targets != -100
     logits = learner.llava.lm_head(hidden[asked]).float()
     wanted = batch.targets[asked]
     nats = F.cross_entropy(logits, wanted, reduction="none")
     weights = batch.weights[asked]
-    loss = (nats * weights).sum() / weights.sum()
     right = float((logits.argmax(-1) == wanted).float().mean())
-    return loss + DENSE_WEIGHT * dense, float(nats.detach().mean()), right
+    return (nats * weights).sum() / weights.sum(), float(nats.detach().mean()), right
 
 
 @torch.no_grad()
@@ -103,7 +93,7 @@ def exact_matches(learner: Learner, batch: Batch) -> dict[str, list[bool]]:
 
     Greedy decoding gives the expected answer exactly when every teacher-forced argmax agrees with it.
     """
-    hidden, _ = hidden_states(learner, batch, tower_moves=False)
+    hidden = hidden_states(learner, batch)
     agrees = (learner.llava.lm_head(hidden).argmax(-1) == batch.targets) | (batch.targets == -100)
     found: dict[str, list[bool]] = {}
     for row, kinds in enumerate(batch.kinds):
@@ -115,32 +105,32 @@ def exact_matches(learner: Learner, batch: Batch) -> dict[str, list[bool]]:
     return found
 
 
-def draw(tokenizer: Tokenizer, rng: random.Random, step: int, rows: int, several_share: float) -> Batch:
-    """One worker's batch of a step. The first steps are easier: told scenes and few items."""
-    easy = step < 300
-    told = rng.random() < (0.3 if easy else 0.05)
-    images = rng.choice((2, 2, 3)) if rng.random() < several_share else 1
-    rows = max(2, rows // images)
+def draw(tokenizer: Tokenizer, rng: random.Random, step: int, rows: int) -> Batch:
+    """One worker's batch of a step. The first steps are easier; some batches stay so, with few items or told.
+
+    Finding a thing by its name among few things, or in words, is what the look-ups in full scenes grow from.
+    """
+    images = rng.choice((2, 2, 3)) if rng.random() < SEVERAL_SHARE else 1
     return sample_batch(
-        tokenizer, rng, rows=rows, blocks=BLOCKS, images=images, most=3 if easy else 5, told=told
+        tokenizer,
+        rng,
+        rows=max(2, rows // images),
+        blocks=BLOCKS,
+        images=images,
+        most=3 if step < EASY_STEPS else rng.choice((2, 3, 5, 5)),
+        told=rng.random() < 0.2,
     )
 
 
-def train_model(out: Path, seed: int, stage: int, steps: int, rows: int, compiled: bool) -> None:
-    """Train or resume a stage; writes ``stage<n>.pt`` and its curve to ``stage<n>.jsonl``."""
+def train_model(out: Path, seed: int, steps: int, rows: int, compiled: bool) -> None:
+    """Train or resume projector and decoder; writes ``model.pt`` and its curve to ``model.jsonl``."""
     if compiled:
         attention_training.compile_elementwise()
     tokenizer = load_tokenizer(out, seed)
     learner = Learner(tokenizer, seed)
-    path = out / f"stage{stage}.pt"
-    if stage == 1:
-        learner.take_tower(out / "tower.pt")
-    else:
-        learner.load_state_dict(torch.load(out / "stage1.pt", weights_only=True)["trainer"]["module"])
-    learner.freeze_tower(stage == 1)
-    tower = [*learner.llava.model.vision_tower.parameters(), *learner.head.parameters()]
-    peak = 0.008 if stage == 1 else 0.005
-    trainer = Trainer(learner, muon_lr=peak, adam_lr=peak / 6, slow=tower, slow_factor=0.15)
+    learner.take_tower(out / "tower.pt")
+    trainer = Trainer(learner, muon_lr=PEAK_LR, adam_lr=PEAK_LR / 6)
+    path = out / "model.pt"
     first = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -149,16 +139,15 @@ def train_model(out: Path, seed: int, stage: int, steps: int, rows: int, compile
     started = time.monotonic()
     recent: list[tuple[float, float]] = []
     for step in range(first, steps):
-        rng = random.Random(hash((seed, stage, rank(), step)))
-        batch = draw(tokenizer, rng, step if stage == 1 else steps, rows, 0.3 if stage == 1 else 0.5)
-        loss, nats, right = answer_loss(trainer.work, batch, tower_moves=stage == 2)
-        trainer.step(loss, schedule(step, steps, decay_share=0.1 if stage == 1 else 0.8))
+        rng = random.Random(hash((seed, 1, rank(), step)))
+        loss, nats, right = answer_loss(trainer.work, draw(tokenizer, rng, step, rows))
+        trainer.step(loss, schedule(step, steps, decay_share=0.4))
         recent.append((nats, right))
         if is_first() and (step % 50 == 49 or step + 1 == steps):
             nats, right = (round(sum(column) / len(recent), 4) for column in zip(*recent, strict=True))
             line = {"step": step + 1, "nats": nats, "right": right, "s": round(time.monotonic() - started, 1)}
             recent.clear()
-            with (out / f"stage{stage}.jsonl").open("a") as log:
+            with (out / "model.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             print(line, flush=True)
         if is_first() and (step % 250 == 249 or step + 1 == steps):
