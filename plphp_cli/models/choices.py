@@ -1,15 +1,14 @@
 """Where and how a model runs: device, dtype and attention back-end, checked before anything loads."""
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from plphp_cli.errors import ModelError, UsageError
+from plphp_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
+ATTENTION = ("sdpa", "eager")
 
 
 def choose_device(name: str) -> "torch.device":
@@ -68,19 +67,7 @@ def choose_dtype(name: str, device: "torch.device", builtin: bool) -> Any:
     return getattr(torch, name)
 
 
-def check_attention(name: str, device: "torch.device") -> None:
-    """Refuse an attention back-end that cannot run.
-
-    Raises:
-        UsageError: the name is none of `ATTENTION`, or flash attention is asked for without CUDA.
-        ModelError: the flash-attn package is not installed.
-    """
+def check_attention(name: str) -> None:
+    """Refuse an attention back-end that pruning is not proven with. Raises `UsageError`."""
     if name not in ATTENTION:
-        raise UsageError(f"attention {name!r}; expected {', '.join(ATTENTION)}")
-    if name == "flash_attention_2":
-        if device.type != "cuda":
-            raise UsageError(f"attention {name} needs a CUDA device, not {device}", hint="use --attn sdpa")
-        if find_spec("flash_attn") is None:
-            raise ModelError(
-                f"attention {name} needs the package flash-attn", hint="install it, or use --attn sdpa"
-            )
+        raise UsageError(f"attention {name!r}; expected {' or '.join(ATTENTION)}")

@@ -25,7 +25,7 @@ def load(
         dtype: `auto` (the checkpoint's; float32 for the built-in model on a CPU), `float32`, `bfloat16` or
             `float16`.
         device: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
-        attn: attention back-end, `sdpa`, `eager` or `flash_attention_2`.
+        attn: attention back-end, `sdpa` or `eager`.
 
     Raises:
         UsageError: an option is unknown or cannot be met on this machine.
@@ -39,7 +39,7 @@ def load(
     with quiet():
         where = choose_device(device)
         kind = choose_dtype(dtype, where, source.builtin)
-        check_attention(attn, where)
+        check_attention(attn)
         config = _config(source, config_json)
     source = complete(source)
     with quiet():
