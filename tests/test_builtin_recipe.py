@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from plphp_cli.builtin.attention_training import NAME
+from plphp_cli.builtin.attention_training import NAME, Packing, VisionDropout, training_attention
 from plphp_cli.builtin.batches import sample_batch
 from plphp_cli.builtin.dialogue import SYSTEM_PROMPTS, prefix_text, processor, train_tokenizer
 from plphp_cli.builtin.questions import ask, sample_change, sample_group
@@ -109,6 +109,36 @@ def test_a_packed_row_equals_its_questions_asked_one_by_one(tokenizer, images, t
     assert start == batch.ids.shape[1]
     model.language_model.set_attn_implementation(NAME)
     assert sum(map(len, exact_matches(learner, batch).values())) == 2 * 6
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 1.0])
+def test_packed_attention_hides_vision_from_generated_tokens_alone(share):
+    prefix, groups = 9, ((2, 3), (1, 5))
+    vision = torch.zeros(prefix, dtype=torch.bool)
+    vision[2:7] = True
+    lengths = [tokens for count, tokens in groups for _ in range(count)]
+    total = prefix + sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, total, 4, generator=generator) for heads in (4, 2, 2))
+    generated = tuple(torch.rand(2, *group, generator=generator) < 0.5 for group in groups)
+    dropout = None if share is None else VisionDropout(torch.full((2,), share), vision, generated)
+    packed, _ = training_attention(None, query, key, value, None, 0.5, Packing(prefix, groups, dropout))
+
+    late = torch.cat([torch.zeros(2, prefix, dtype=torch.bool), *(g.flatten(1) for g in generated)], dim=1)
+    visible = torch.zeros(2, total, total, dtype=torch.bool)
+    visible[:, :prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
+    start = prefix
+    for length in lengths:
+        own = slice(start, start + length)
+        visible[:, own, :prefix] = True
+        visible[:, own, own] = torch.ones(length, length).tril().bool()
+        start += length
+    if share == 0:
+        visible[:, :, :prefix] &= ~(late[:, :, None] & vision)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, visible[:, None], scale=0.5, enable_gqa=True
+    )
+    torch.testing.assert_close(packed, expected.transpose(1, 2))
 
 
 def test_training_spells_prompts_as_the_chat_template_does(tokenizer):

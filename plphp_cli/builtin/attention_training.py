@@ -15,6 +15,29 @@ from transformers.models.qwen2 import modeling_qwen2
 NAME = "plphp_builtin_training"
 
 
+@dataclass(frozen=True, eq=False)
+class VisionDropout:
+    """Part of the vision tokens hidden by chance from generated tokens, anew in every layer and KV head.
+
+    No score decides what is hidden: the model learns to answer from what is left, whatever that is.
+
+    Attributes:
+        kept_share: [B], the share of vision tokens that stays visible in a row.
+        vision: bool [prefix], where the vision tokens are.
+        generated: per group of blocks bool [B, blocks, tokens]; prompt tokens see everything, as in prefill.
+    """
+
+    kept_share: torch.Tensor
+    vision: torch.Tensor
+    generated: tuple[torch.Tensor, ...]
+
+    def hidden(self, kv_heads: int) -> torch.Tensor:
+        """A draw for one layer: bool [B, K, 1, 1, 1, prefix]."""
+        batch, prefix = len(self.kept_share), len(self.vision)
+        draw = torch.rand(batch, kv_heads, 1, 1, 1, prefix)
+        return (draw >= self.kept_share[:, None, None, None, None, None]) & self.vision
+
+
 @dataclass(frozen=True)
 class Packing:
     """How one row of tokens is laid out: a causal prefix, then blocks that see the prefix and themselves.
@@ -24,6 +47,7 @@ class Packing:
 
     prefix: int
     groups: tuple[tuple[int, int], ...]
+    dropout: VisionDropout | None = None
 
 
 def _softmax_mix(scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -71,13 +95,18 @@ def training_attention(
     parts = [
         (weights.view(batch, kv_heads, group * p, p) @ prefix_value).view(batch, kv_heads, group, p, size)
     ]
-    for (count, tokens), q, own_key, own_value in zip(packing.groups, queries, keys, values, strict=True):
+    hidden = packing.dropout.hidden(kv_heads) if packing.dropout else None
+    for number, (count, tokens) in enumerate(packing.groups):
+        q, own_key, own_value = queries[number], keys[number], values[number]
         own_shape = (batch, kv_heads, 1, count, tokens, size)
         far = q.reshape(batch, kv_heads, group * count * tokens, size) @ prefix_keys
         near = q.reshape(batch, kv_heads, group, count, tokens, size) @ own_key.reshape(own_shape).transpose(
             -1, -2
         )
         far = far.view(batch, kv_heads, group, count, tokens, p)
+        if packing.dropout is not None and hidden is not None:
+            generated = packing.dropout.generated[number][:, None, None, :, :, None]
+            far = far.masked_fill(hidden & generated, float("-inf"))
         far_weights, near_weights = torch.softmax(torch.cat([far, _causal(near)], dim=-1), dim=-1).split(
             [p, tokens], dim=-1
         )

@@ -7,7 +7,7 @@ positions that it would have if it stood alone behind the prefix: one pass over 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from plphp_cli.builtin.architecture import VISION_TOKENS
-from plphp_cli.builtin.attention_training import Packing
+from plphp_cli.builtin.attention_training import Packing, VisionDropout
 from plphp_cli.builtin.dialogue import (
     ASSISTANT,
     EOS,
@@ -71,8 +71,12 @@ def sample_batch(
     most: int = 5,
     told: bool = False,
     split: Split = "train",
+    dropout: bool = False,
 ) -> Batch:
-    """Draw a batch of scenes; ``told`` replaces every image by its caption (no pixels)."""
+    """Draw a batch of scenes.
+
+    ``told`` replaces every image by its caption (no pixels); ``dropout`` hides vision tokens by chance.
+    """
     groups = [sample_group(rng, split, images, most=most) for _ in range(rows)]
     system = rng.choice(SYSTEM_PROMPTS)
     ids_of = special_ids(tokenizer)
@@ -106,6 +110,7 @@ def sample_batch(
     token_ids = np.full((rows, total), ids_of[PAD], np.int64)
     targets = np.full((rows, total), -100, np.int64)
     weights = np.zeros((rows, total), np.float32)
+    generated = np.zeros((rows, total), bool)
     positions = np.arange(prefix)
     positions = np.concatenate([positions, *(prefix + np.arange(tokens) for tokens in slots)])
     for row, pairs in enumerate(rows_of_blocks):
@@ -116,8 +121,14 @@ def sample_batch(
             token_ids[row, start : start + len(whole) - 1] = whole[:-1]
             first = start + len(question) - 1
             targets[row, first : first + len(answer)] = answer
-            weights[row, first : first + len(answer)] = len(answer) ** -0.75
+            generated[row, first + 1 : first + len(answer)] = True
+            weights[row, first : first + len(answer)] = len(answer) ** -0.25
+            # The conclusion of a long answer is a few tokens of many, and the hardest.
+            weights[row, first + max(1, len(answer) - 3) : first + len(answer)] *= 3
             start += tokens
+    image_mask = torch.from_numpy(token_ids[0] == ids_of[IMAGE])
+    if dropout and not told:
+        packing = replace(packing, dropout=_dropout(rng, packing, image_mask, torch.from_numpy(generated)))
     drawn = None
     if not told:
         scenes = [scene for group in groups for scene in group.scenes]
@@ -128,7 +139,7 @@ def sample_batch(
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
         packing=packing,
-        image_mask=torch.from_numpy(token_ids[0] == ids_of[IMAGE]),
+        image_mask=image_mask,
         pixels=None if drawn is None else drawn[0],
         kinds=[[kind for *_, kind in pairs] for pairs in rows_of_blocks],
         placed=[] if drawn is None else drawn[1],
@@ -140,3 +151,17 @@ def _group(prefix: int, lengths: list[int]) -> Packing:
     bounds = [round(len(lengths) * k / BLOCK_GROUPS) for k in range(BLOCK_GROUPS + 1)]
     groups = tuple((b - a, lengths[b - 1]) for a, b in pairwise(bounds) if b > a)
     return Packing(prefix, groups)
+
+
+def _dropout(
+    rng: random.Random, packing: Packing, image_mask: torch.Tensor, generated: torch.Tensor
+) -> VisionDropout:
+    """Three rows in ten see everything, the others between nothing and 60 % of the vision tokens."""
+    shares = [1.0 if rng.random() < 0.3 else rng.uniform(0, 0.6) for _ in range(len(generated))]
+    sections = [count * tokens for count, tokens in packing.groups]
+    parts = generated[:, packing.prefix :].split(sections, dim=1)
+    by_group = tuple(
+        part.reshape(len(generated), count, tokens)
+        for part, (count, tokens) in zip(parts, packing.groups, strict=True)
+    )
+    return VisionDropout(torch.tensor(shares), image_mask[: packing.prefix], by_group)

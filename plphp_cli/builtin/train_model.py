@@ -119,6 +119,7 @@ def draw(tokenizer: Tokenizer, rng: random.Random, step: int, rows: int) -> Batc
         images=images,
         most=3 if step < EASY_STEPS else rng.choice((2, 3, 5, 5)),
         told=rng.random() < 0.2,
+        dropout=True,
     )
 
 
@@ -140,6 +141,7 @@ def train_model(out: Path, seed: int, steps: int, rows: int, compiled: bool) -> 
     recent: list[tuple[float, float]] = []
     for step in range(first, steps):
         rng = random.Random(hash((seed, 1, rank(), step)))
+        torch.manual_seed(rng.getrandbits(40))
         loss, nats, right = answer_loss(trainer.work, draw(tokenizer, rng, step, rows))
         trainer.step(loss, schedule(step, steps, decay_share=0.4))
         recent.append((nats, right))
