@@ -123,7 +123,7 @@ def test_stdout_is_the_pruned_text_of_the_record(
 def test_the_answer_is_flushed_piece_by_piece(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = Pieces()
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert main([*command, *WORDY, "--no-baseline"]) == 0
+    assert main([*command, *WORDY]) == 0
     assert len(stdout.flushed) >= 5
     assert stdout.flushed[-1] == "\n"
 
@@ -181,6 +181,16 @@ def test_the_prompt_may_come_from_stdin(
     words = ["-" if word == "what colour?" else word for word in command]
     assert main([*words, "--no-baseline", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "welche Farbe? äöü"
+
+
+def test_the_answers_line_ends_before_the_baseline_begins(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = Pieces()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert main([*command, *WORDY]) == 0
+    assert "\nunpruned arm\n" in both.getvalue()
 
 
 # Options

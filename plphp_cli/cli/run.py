@@ -106,7 +106,7 @@ def execute(request: "RunRequest", *, json_target: str | None, force: bool, live
     with Interrupts() as interrupts:
         session = RunSession(request, say, answer.write, interrupts.check)
         try:
-            _work(session, request.baseline, with_view)
+            _work(session, answer, request.baseline, with_view)
             interrupts.check()
         except KeyboardInterrupt:
             interrupted = True
@@ -124,7 +124,7 @@ def execute(request: "RunRequest", *, json_target: str | None, force: bool, live
     return interrupts.exit_code if interrupted else 0
 
 
-def _work(session: RunSession, baseline: bool, with_view: bool) -> None:
+def _work(session: RunSession, answer: Answer, baseline: bool, with_view: bool) -> None:
     session.load()
     with live_view(lambda: session.snapshot) if with_view else contextlib.nullcontext():
         session.warm_up()
@@ -132,6 +132,7 @@ def _work(session: RunSession, baseline: bool, with_view: bool) -> None:
             if not with_view:
                 say(f"{arm} arm")
             session.run_arm(arm)
+            answer.end()
 
 
 def _finish(
