@@ -132,12 +132,17 @@ def calibrate(
 
 
 def outstanding(need: Sequence[float | None]) -> tuple[int, ...]:
-    """Layers whose need stands far out: above Tukey's far fence (Q3 + 3 IQR) and 0.01 nats."""
+    """Layers whose need stands far out from the others'.
+
+    By the modified z-score (above 3.5, Iglewicz and Hoaglin 1993), which several such layers do not mask; and
+    above 0.01 nats and twice the median, so that layers that hardly differ are all cut.
+    """
     known = [value for value in need if value is not None]
     if len(known) < 4:
         return ()
-    first, _, third = statistics.quantiles(known, n=4, method="inclusive")
-    fence = max(third + 3 * (third - first), MIN_NEED)
+    median = statistics.median(known)
+    spread = statistics.median(abs(value - median) for value in known)
+    fence = max(median + 3.5 * spread / 0.6745, 2 * median, MIN_NEED)
     return tuple(layer for layer, value in enumerate(need) if value is not None and value > fence)
 
 

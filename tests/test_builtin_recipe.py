@@ -91,7 +91,7 @@ def test_short_answers_are_what_a_plain_reading_of_the_scene_gives():
 def test_a_packed_row_equals_its_questions_asked_one_by_one(tokenizer, images, told):
     learner = Learner(tokenizer, seed=0)
     batch = sample_batch(tokenizer, random.Random(5), rows=2, blocks=6, images=images, told=told)
-    packed = hidden_states(learner, batch)
+    packed = hidden_states(learner, batch)[-1]
     model = learner.llava.model
     embeds = model.get_input_embeddings()(batch.ids)
     if batch.pixels is not None:

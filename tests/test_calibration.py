@@ -32,7 +32,7 @@ def test_rank_correlation_is_unknown_without_spread_or_with_few_layers():
     assert rank_correlation([1, 2, None], [1, 2, 3]) is None
 
 
-@given(st.lists(st.floats(0.02, 0.05), min_size=5, max_size=30), st.integers(0, 29))
+@given(st.lists(st.floats(0.02, 0.04), min_size=5, max_size=30), st.integers(0, 29))
 def test_only_a_layer_far_outside_the_others_is_exempt(needs, place):
     place %= len(needs)
     spread = max(needs) - min(needs)
@@ -43,3 +43,7 @@ def test_only_a_layer_far_outside_the_others_is_exempt(needs, place):
 @given(st.lists(st.floats(0, 0.0099), min_size=4, max_size=30))
 def test_needs_too_small_to_matter_exempt_no_layer(needs):
     assert outstanding(needs) == ()
+
+
+def test_two_layers_far_outside_do_not_hide_each_other():
+    assert outstanding([0.011, 0.002, 0.002, 0.006, 0.007, 0.005, 0.035, 0.053]) == (6, 7)

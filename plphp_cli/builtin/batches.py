@@ -43,6 +43,8 @@ class Batch:
         positions: [B, S].
         targets: [B, S]; -100 where there is no loss.
         weights: [B, S]; weight of each target, so that long answers do not drown the short ones.
+        blocks: [B, S]; number of the block that a target belongs to, -1 elsewhere. A block's first target
+            stands at its last prompt token.
         packing: how each row is laid out.
         image_mask: [S], where the vision tokens are; the same in every row.
         pixels: [B * images, 3, 96, 96]; None where the scenes are told in words.
@@ -54,6 +56,7 @@ class Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    blocks: torch.Tensor
     packing: Packing
     image_mask: torch.Tensor
     pixels: torch.Tensor | None
@@ -111,16 +114,18 @@ def sample_batch(
     targets = np.full((rows, total), -100, np.int64)
     weights = np.zeros((rows, total), np.float32)
     generated = np.zeros((rows, total), bool)
+    block_of = np.full((rows, total), -1, np.int64)
     positions = np.arange(prefix)
     positions = np.concatenate([positions, *(prefix + np.arange(tokens) for tokens in slots)])
     for row, pairs in enumerate(rows_of_blocks):
         token_ids[row, :prefix] = prefixes[row]
         start = prefix
-        for (question, answer, _), tokens in zip(pairs, slots, strict=True):
+        for number, ((question, answer, _), tokens) in enumerate(zip(pairs, slots, strict=True)):
             whole = question + answer
             token_ids[row, start : start + len(whole) - 1] = whole[:-1]
             first = start + len(question) - 1
             targets[row, first : first + len(answer)] = answer
+            block_of[row, first : first + len(answer)] = number
             generated[row, first + 1 : first + len(answer)] = True
             weights[row, first : first + len(answer)] = len(answer) ** -0.25
             # The conclusion of a long answer is a few tokens of many, and the hardest.
@@ -138,6 +143,7 @@ def sample_batch(
         positions=torch.from_numpy(positions).expand(rows, -1),
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
+        blocks=torch.from_numpy(block_of),
         packing=packing,
         image_mask=image_mask,
         pixels=None if drawn is None else drawn[0],

@@ -26,7 +26,7 @@ from plphp_cli.models import load, prepare
 from plphp_cli.models.loaded import CONFIG_NAME
 
 TOWER_STEPS, TOWER_BATCH = 850, 48
-STEPS = 4950
+STEPS = 5200
 ROWS = 7
 CALIBRATION_PROMPTS = 48
 BASE = PLPHPConfig(r=0.3, delta_r=0.2)

@@ -21,13 +21,17 @@ from plphp_cli.builtin.scenes import sample_scene
 from plphp_cli.builtin.tower import draw_batch
 
 BLOCKS = 16
+FORESIGHT_LAYERS = (2, 4, 6, 8)
+FORESIGHT_WEIGHT = 1.5
 SEVERAL_SHARE = 0.45
 PEAK_LR = 0.005
 EASY_STEPS = 300
+# Once answers are right, they are made to survive with part of the cache: dropout and foresight begin.
+LATE_STEP = 3750
 
 
 class Learner(nn.Module):
-    """The LLaVA model, with a tower that learns no more."""
+    """The LLaVA model, with a tower that learns no more, and heads that are used in training only."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__()
@@ -38,6 +42,10 @@ class Learner(nn.Module):
         self.llava = build(config, seed)
         self.llava.set_attn_implementation(attention_training.NAME)
         self.llava.model.vision_tower.requires_grad_(False)
+        self.foresight = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, tokenizer.get_vocab_size()))
+            for _ in FORESIGHT_LAYERS
+        )
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels [B, 3, 96, 96] to what the projector reads [B, 144, width]."""
@@ -61,8 +69,8 @@ class Learner(nn.Module):
             first.bias.copy_(-whiten @ mean)
 
 
-def hidden_states(learner: Learner, batch: Batch) -> torch.Tensor:
-    """The decoder's last hidden states [B, S, width]."""
+def hidden_states(learner: Learner, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """The decoder's hidden states [B, S, width]: embeddings, then after each layer, the last one normed."""
     model = learner.llava.model
     embeds = model.get_input_embeddings()(batch.ids)
     if batch.pixels is not None:
@@ -71,20 +79,51 @@ def hidden_states(learner: Learner, batch: Batch) -> torch.Tensor:
         seen = model.multi_modal_projector(features).reshape(len(batch.ids), -1, WIDTH)
         embeds = embeds.masked_scatter(batch.image_mask[None, :, None].expand_as(embeds), seen)
     return model.language_model(
-        inputs_embeds=embeds, position_ids=batch.positions, use_cache=False, packing=batch.packing
-    ).last_hidden_state
+        inputs_embeds=embeds,
+        position_ids=batch.positions,
+        use_cache=False,
+        packing=batch.packing,
+        output_hidden_states=True,
+    ).hidden_states
 
 
-def answer_loss(learner: Learner, batch: Batch) -> tuple[torch.Tensor, float, float]:
+def answer_loss(
+    learner: Learner, batch: Batch, foresight_weight: float = 0.0
+) -> tuple[torch.Tensor, float, float]:
     """Weighted loss of the answers, their plain loss in nats a token, and the share of tokens right."""
-    hidden = hidden_states(learner, batch)
+    layers = hidden_states(learner, batch)
+    hidden = layers[-1]
     asked = batch.targets != -100
     logits = learner.llava.lm_head(hidden[asked]).float()
     wanted = batch.targets[asked]
     nats = F.cross_entropy(logits, wanted, reduction="none")
     weights = batch.weights[asked]
     right = float((logits.argmax(-1) == wanted).float().mean())
-    return (nats * weights).sum() / weights.sum(), float(nats.detach().mean()), right
+    loss = (nats * weights).sum() / weights.sum()
+    if foresight_weight:
+        loss = loss + foresight_weight * foresight(learner, batch, layers)
+    return loss, float(nats.detach().mean()), right
+
+
+def foresight(learner: Learner, batch: Batch, layers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """How badly the last prompt token foretells which tokens the answer will hold, in any order.
+
+    A multi-token objective: a model that is to say much about a picture has looked at all of it before it
+    begins. Mean over some layers of the cross-entropy to a uniform distribution over the answer's tokens.
+    """
+    asked = batch.targets != -100
+    rows, _ = asked.nonzero(as_tuple=True)
+    answer = rows * BLOCKS + batch.blocks[asked]
+    firsts = torch.cat([answer.new_ones(1, dtype=torch.bool), answer[1:] != answer[:-1]])
+    number = firsts.cumsum(0) - 1
+    bags = torch.zeros(int(firsts.sum()), learner.llava.lm_head.out_features)
+    bags[number, batch.targets[asked]] = 1.0
+    bags /= bags.sum(-1, keepdim=True)
+    losses = []
+    for head, layer in zip(learner.foresight, FORESIGHT_LAYERS, strict=True):
+        scores = head(layers[layer][asked][firsts]).float().log_softmax(-1)
+        losses.append(-(bags * scores).sum(-1).mean())
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -93,7 +132,7 @@ def exact_matches(learner: Learner, batch: Batch) -> dict[str, list[bool]]:
 
     Greedy decoding gives the expected answer exactly when every teacher-forced argmax agrees with it.
     """
-    hidden = hidden_states(learner, batch)
+    hidden = hidden_states(learner, batch)[-1]
     agrees = (learner.llava.lm_head(hidden).argmax(-1) == batch.targets) | (batch.targets == -100)
     found: dict[str, list[bool]] = {}
     for row, kinds in enumerate(batch.kinds):
@@ -119,7 +158,7 @@ def draw(tokenizer: Tokenizer, rng: random.Random, step: int, rows: int) -> Batc
         images=images,
         most=3 if step < EASY_STEPS else rng.choice((2, 3, 5, 5)),
         told=rng.random() < 0.2,
-        dropout=True,
+        dropout=step >= LATE_STEP,
     )
 
 
@@ -142,7 +181,9 @@ def train_model(out: Path, seed: int, steps: int, rows: int, compiled: bool) -> 
     for step in range(first, steps):
         rng = random.Random(hash((seed, 1, rank(), step)))
         torch.manual_seed(rng.getrandbits(40))
-        loss, nats, right = answer_loss(trainer.work, draw(tokenizer, rng, step, rows))
+        foresight_weight = FORESIGHT_WEIGHT if step >= LATE_STEP else 0.0
+        batch = draw(tokenizer, rng, step, rows)
+        loss, nats, right = answer_loss(trainer.work, batch, foresight_weight)
         trainer.step(loss, schedule(step, steps, decay_share=0.4))
         recent.append((nats, right))
         if is_first() and (step % 50 == 49 or step + 1 == steps):
