@@ -78,7 +78,8 @@ def calibrate(
     Args:
         loaded: the model.
         prompts: prompts with images, on the model's device.
-        base: gives every knob that is not calibrated (r, delta_r, scope, head_reduce).
+        base: gives every knob that is not calibrated (r, delta_r, scope, head_reduce); its `skip_layers` are
+            exempt beside those that stand out.
         quantiles: of the gamma of all layers and prompts, for beta and alpha.
         max_new_tokens: length up to which the unpruned answers are generated and judged.
         progress: called with the number of prompts done.
@@ -117,7 +118,7 @@ def calibrate(
         raise UsageError("no prompts to calibrate on")
     gamma = _means(gammas)
     need = _means(needs) if needs else (None,) * len(gamma)
-    skipped = outstanding(need)
+    skipped = tuple(sorted({*base.skip_layers, *outstanding(need)}))
     pool = [g for row in gammas for layer, g in enumerate(row) if g is not None and layer not in skipped]
     config = base.replace(
         alpha=quantile(pool, high),

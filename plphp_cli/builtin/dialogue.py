@@ -18,8 +18,8 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, BOS, EOS, IMAGE, SYSTEM, USER, ASSISTANT)
 
 SYSTEM_PROMPTS = (
-    "you are a careful assistant. look at the images and answer the question.",
     "answer questions about pictures of shapes and signs. say what you see.",
+    "you are a careful assistant. look at the images and answer the question.",
     "you see one or more images. reply to the user in a few plain words.",
     "you are a helpful assistant that describes images and answers questions about them.",
     "look first, then answer. name places, colors, shapes and sizes.",

@@ -62,13 +62,13 @@ def samples(rng: random.Random) -> list[Sample]:
 
 
 def questions_about(rng: random.Random, group: Group, kinds: tuple[str, ...]) -> list[QA] | None:
-    """One question of each kind about a group of images; None when the scenes do not allow one of them."""
+    """One question of each kind about a group, the shortest that came up; None when a kind did not."""
     found: dict[str, QA] = {}
-    for _ in range(100):
-        found = {qa.kind: qa for qa in ask(rng, group, 4)} | found
-        if set(kinds) <= found.keys():
-            return [found[kind] for kind in kinds]
-    return None
+    for _ in range(50):
+        for qa in ask(rng, group, 4):
+            if len(qa.question) < len(found.get(qa.kind, qa).question) or qa.kind not in found:
+                found[qa.kind] = qa
+    return [found[kind] for kind in kinds] if set(kinds) <= found.keys() else None
 
 
 def draw(seed: int) -> tuple[list[Sample], list[tuple[tuple[str, ...], QA]]] | None:

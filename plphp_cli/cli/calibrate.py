@@ -58,6 +58,7 @@ def calibrate(
     delta_r: opt.DeltaROption = None,
     scope: opt.ScopeOption = None,
     head_reduce: opt.HeadReduceOption = None,
+    skip_layers: opt.SkipLayersOption = None,
     max_new_tokens: opt.MaxNewTokensOption = 64,
     json: opt.JsonOption = None,
     force: opt.ForceOption = False,
@@ -65,7 +66,8 @@ def calibrate(
 ) -> int:
     """Measure gamma and each layer's need on prompts, and write a config whose thresholds suit the model.
 
-    alpha and beta become quantiles of the model's own gamma; layers whose need stands far out are exempt.
+    alpha and beta become quantiles of the model's own gamma. Layers whose need stands far out are never cut,
+    beside those that --skip-layers names.
     """
     from plphp_cli.calibration import TERCILES
 
@@ -76,7 +78,9 @@ def calibrate(
     examples = _examples(image, prompt, data, system)
     base = PLPHPConfig.from_file(config) if config is not None else PLPHPConfig()
     base = base.replace(
-        **opt.overrides(r=r, delta_r=delta_r, scope=scope, head_reduce=head_reduce), skip_layers=()
+        **opt.overrides(
+            r=r, delta_r=delta_r, scope=scope, head_reduce=head_reduce, skip_layers=skip_layers or "none"
+        )
     )
     opt.check_generation(max_new_tokens, None, None, 0)
 

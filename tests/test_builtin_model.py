@@ -1,0 +1,90 @@
+"""The shipped model: what the package promises of it."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from plphp_cli.builtin.evaluate import PLPHP, UNPRUNED, answer_ids, evaluate, held_out_items, pictures
+from plphp_cli.dataset import read_examples
+from plphp_cli.generate import Done, PrefillDone, Settings, stream
+from plphp_cli.images import load_image
+from plphp_cli.models import default_config, load, prepare
+from plphp_cli.models.sources import BUILTIN_FOLDER
+
+SAMPLES = Path(__file__).parents[1] / "sample_images" / "prompts.jsonl"
+EXAMPLES = read_examples(SAMPLES)
+MEBI = 1 << 20
+
+
+@cache
+def model():
+    return load("builtin")
+
+
+def run(prompt, policy):
+    events = list(stream(model(), prompt, policy, Settings(max_new_tokens=96)))
+    return next(e for e in events if isinstance(e, PrefillDone)), next(
+        e for e in events if isinstance(e, Done)
+    )
+
+
+def test_stock_transformers_load_it_without_custom_code_and_it_is_small():
+    assert (BUILTIN_FOLDER / "model.safetensors").stat().st_size <= 12 * MEBI
+    assert not list(BUILTIN_FOLDER.glob("*.py"))
+    stock = AutoModelForImageTextToText.from_pretrained(BUILTIN_FOLDER, dtype=torch.float32)
+    assert type(stock).__module__.startswith("transformers.")
+    processor = AutoProcessor.from_pretrained(BUILTIN_FOLDER)
+    assert type(processor).__module__.startswith("transformers.")
+    ours = model().model.state_dict()
+    assert all(torch.equal(weight, ours[name]) for name, weight in stock.state_dict().items())
+
+
+def test_its_config_is_calibrated_on_it():
+    config = default_config(model())
+    assert config.calibrated
+    assert "builtin" in (config.calibrated_on or "")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: f"line {e.line}")
+def test_samples_are_right_under_pruning_where_unpruned_is_and_hold_half_the_cache(example):
+    prompt = prepare(model(), [load_image(path) for path in example.images], example.prompt)
+    done_unpruned = run(prompt, None)[1]
+    prefilled, done = run(prompt, default_config(model()))
+    held = sum(layer.held_bytes for layer in prefilled.layers)
+    assert held <= 0.5 * sum(layer.full_bytes for layer in prefilled.layers)
+    assert done.token_ids[0] == done_unpruned.token_ids[0]
+    if done_unpruned.text == example.answer:
+        assert done.text == example.answer
+
+
+def test_half_of_the_samples_have_long_answers_and_unpruned_answers_nearly_all():
+    tokenizer = model().processor.tokenizer
+    long = [e for e in EXAMPLES if len(tokenizer(e.answer, add_special_tokens=False).input_ids) >= 11]
+    assert len(long) >= len(EXAMPLES) // 2
+    right = 0
+    for example in EXAMPLES:
+        prompt = prepare(model(), [load_image(path) for path in example.images], example.prompt)
+        right += run(prompt, None)[1].text == example.answer
+    assert right >= 0.9 * len(EXAMPLES)
+
+
+def test_exact_match_by_teacher_forcing_is_what_greedy_decoding_gives():
+    items = held_out_items(6, (1, 2), seed=5)
+    config = default_config(model())
+    for item, result in zip(items, evaluate(model(), items, config), strict=True):
+        prompt = prepare(model(), pictures(item.group), item.qa.question)
+        for arm, policy in ((UNPRUNED, None), (PLPHP, config)):
+            done = run(prompt, policy)[1]
+            assert result.outcomes[arm].exact == (list(done.token_ids) == answer_ids(model(), item.qa))
+
+
+def test_the_card_tells_what_the_figures_file_holds():
+    card = (BUILTIN_FOLDER / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((BUILTIN_FOLDER / "evaluation.json").read_text(encoding="utf-8"))
+    row = figures["exact_match"]["all"]
+    cells = f"| all | {row['items']} | {row['unpruned']:.3f} | {row['plphp']:.3f} |"
+    assert cells in card
