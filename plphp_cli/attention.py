@@ -11,6 +11,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,12 +55,14 @@ class Pruner:
         policy: what decides the cuts; None is the unpruned arm (in-place cache, nothing scored, nothing cut).
         room: new tokens to make room for at the next prefill; None when unknown. `generate` sets it.
         sequences: the prompts of the latest generate call or prefill.
+        around_cut: opened around each layer's scores and gather, for whoever wants to time them.
     """
 
     def __init__(self, model: Any, policy: Policy | None, keep_attention: bool = False) -> None:
         self.policy = policy
         self.room: int | None = None
         self.sequences: tuple[SequenceState, ...] = ()
+        self.around_cut: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self._model = model
         self._keep_attention = keep_attention
         self._kinds = layer_kinds(model.config)
@@ -173,7 +176,8 @@ class Pruner:
             mask = _decode_mask(layer, query, mask)
             return stock(module, query, key, value, mask, **options)
         output = stock(module, query, key, value, mask, **options)
-        self._cut(forward, module.layer_idx, query, key, options)
+        with self.around_cut():
+            self._cut(forward, module.layer_idx, query, key, options)
         return output
 
     @torch.no_grad()

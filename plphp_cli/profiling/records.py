@@ -1,0 +1,366 @@
+"""What `plphp profile` measured, as records. Every figure is defined in its docstring; unknown is None.
+
+Times are in seconds and medians over repeats, bytes are of this process, every ratio names its two arms.
+Over several prompts the times and bytes of an arm are means per prompt, and `samples` sums over prompts.
+No torch here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.results import ImageRecord, MemoryRecord
+from plphp_cli.serialize import SCHEMA_VERSION, parse
+
+PRUNED, UNPRUNED, STOCK = "pruned", "unpruned", "stock"
+ARMS = (PRUNED, UNPRUNED, STOCK)
+
+FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no measurable difference"
+# Under this many prompts a verdict is an indication only.
+FEW_PROMPTS = 10
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """How it was measured: pairs of samples, discarded runs before them, new tokens of every timed run."""
+
+    repeats: int
+    warmup: int
+    max_new_tokens: int
+    order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Of the time per token from the second token on, all repeats together."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Raw samples, one entry a repeat. `step_s` holds the single decoding steps of each repeat."""
+
+    preprocess_s: tuple[float, ...] = ()
+    vision_s: tuple[float, ...] = ()
+    prefill_s: tuple[float, ...] = ()
+    prune_s: tuple[float, ...] = ()
+    ttft_s: tuple[float, ...] = ()
+    decode_s: tuple[float, ...] = ()
+    end_to_end_s: tuple[float, ...] = ()
+    step_s: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ArmProfile:
+    """One arm.
+
+    Attributes:
+        new_tokens: tokens that each timed run generated.
+        failed: why the arm could not be measured to the end; None when it was.
+        preprocess_s: decoded images and text to the model's inputs on the device; the same in every arm.
+        vision_s: the vision encoder alone, in a pass of its own; it is a part of prefill.
+        prefill_s: inputs on the device to the first token's logits.
+        prune_s: scores and gather of all layers, in a pass of its own; it is a part of prefill.
+        prune_share_of_prefill: the two's ratio, both of that pass.
+        ttft_s: preprocessing, prefill and the first token on the host.
+        decode_s: first token to last.
+        decode_tokens_per_s: (T - 1) / decode_s; None under 16 steps.
+        tpot_s: time per token from the second on; None under 16 steps.
+        end_to_end_s: ttft_s + decode_s.
+        kv_bytes_held: the prompt's cache after the cut; `kv_bytes_allocated` its storages with the room for
+            new tokens; `*_predicted` the same by arithmetic. Stock's figures are of its own cache.
+        peak_bytes: most bytes of live tensor storage at one moment, weights included, in a fresh process.
+        peak_prefill_bytes: of prefill; `peak_prefill_decoder_bytes` while the decoder ran (without the
+            vision encoder); `peak_decode_bytes` of decoding.
+        memory: resident size and NVML figures of that process: shown, never asserted.
+    """
+
+    new_tokens: int | None = None
+    failed: str | None = None
+    preprocess_s: float | None = None
+    vision_s: float | None = None
+    prefill_s: float | None = None
+    prune_s: float | None = None
+    prune_share_of_prefill: float | None = None
+    ttft_s: float | None = None
+    decode_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    tpot_s: Percentiles | None = None
+    end_to_end_s: float | None = None
+    kv_bytes_held: int | None = None
+    kv_bytes_allocated: int | None = None
+    kv_bytes_held_predicted: int | None = None
+    kv_bytes_allocated_predicted: int | None = None
+    peak_bytes: int | None = None
+    peak_prefill_bytes: int | None = None
+    peak_prefill_decoder_bytes: int | None = None
+    peak_decode_bytes: int | None = None
+    memory: MemoryRecord | None = None
+    samples: SampleRecord = field(default_factory=SampleRecord)
+
+
+@dataclass(frozen=True)
+class ArmsRecord:
+    """The arms; those that were not run are None."""
+
+    pruned: ArmProfile | None = None
+    unpruned: ArmProfile | None = None
+    stock: ArmProfile | None = None
+
+    def __getitem__(self, name: str) -> ArmProfile | None:
+        return getattr(self, name) if name in ARMS else None
+
+    def items(self) -> list[tuple[str, ArmProfile]]:
+        """Names and profiles of the arms that were run."""
+        return [(name, arm) for name in ARMS if (arm := self[name]) is not None]
+
+
+@dataclass(frozen=True)
+class RatioProfile:
+    """A ratio of two arms over paired samples; above 1 favours pruning (`kv` alone: below 1 is good).
+
+    Attributes:
+        median: of the paired ratios.
+        low: lower end of the 95 % paired bootstrap interval of the median; `high` the upper end.
+        numerator: `arm.figure`; likewise `denominator`.
+        control_low: lower end of the A/A interval: how far identical arms differed in the same schedule.
+        control_high: its upper end.
+        verdict: `faster`, `slower` or `no measurable difference`; None where nothing can be called.
+        samples: the paired ratios.
+    """
+
+    median: float
+    low: float
+    high: float
+    numerator: str
+    denominator: str
+    control_low: float | None = None
+    control_high: float | None = None
+    verdict: str | None = None
+    samples: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CapacityRecord:
+    """How many prompts like this one, and images like its images, fit in the device's memory at once."""
+
+    prompts: int | None
+    images: int | None
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """Ideal decode ratios of one batch size, by context length in tokens.
+
+    `reached_at_tokens` gives, for the gains `1.1`, `1.5` and `2`, the context from which the ideal ratio
+    passes them; None if it never does.
+    """
+
+    batch: int
+    ideal_decode_ratio: dict[str, float]
+    reached_at_tokens: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class BoundRecord:
+    """What decoding could gain at most: per part of a step max(bytes / bandwidth, operations / rate).
+
+    Attributes:
+        weight_bytes: decoder layers, final norm and output head as stored: read at every step.
+        kv_bytes_per_step: per arm, cache read by a step, mean over the answer (stock: 3 x its cache, since
+            concatenation reads and writes it again at every token).
+        operations_per_step: per arm.
+        kv_share_of_step: per arm, of the bytes that a step reads.
+        bandwidth_bytes_per_s: measured; `operations_per_s` the measured matrix rate in the model's dtype.
+        ideal_step_s: per arm, the least time of a step.
+        ideal_decode_ratio: unpruned / pruned of those; `ideal_decode_ratio_by_bytes` by bytes alone.
+        attained: per arm, ideal_step_s / measured time per token.
+        expected_decode_ratio: what would come of it if all that the ideal saves were saved from the measured
+            step.
+        beaten_by: the measured decode ratio, where it lies beyond the bound; None elsewhere.
+        failed_assumption: why a measurement beats the bound; None when none does.
+        speed_up_expected: whether a speed-up that can be measured is to be expected, in a sentence.
+        repaid_after_tokens: output length at which the time saved has repaid prune_s; None if it never does.
+        device_memory_bytes: of the device (of the machine on a CPU).
+        capacity: per arm.
+        table: batch size against context.
+    """
+
+    weight_bytes: int
+    kv_bytes_per_step: dict[str, int | None]
+    operations_per_step: dict[str, int | None]
+    kv_share_of_step: dict[str, float | None]
+    ideal_decode_ratio: float | None
+    ideal_decode_ratio_by_bytes: float | None
+    bandwidth_bytes_per_s: float | None
+    operations_per_s: float | None
+    ideal_step_s: dict[str, float | None]
+    attained: dict[str, float | None]
+    expected_decode_ratio: float | None
+    beaten_by: float | None
+    failed_assumption: str | None
+    speed_up_expected: str
+    repaid_after_tokens: int | None
+    device_memory_bytes: int | None
+    capacity: dict[str, CapacityRecord]
+    table: tuple[BatchRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextsRecord:
+    """What each arm answered, greedily and until its own end of sequence; `answer` is the expected text."""
+
+    pruned: str | None = None
+    unpruned: str | None = None
+    stock: str | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class QualityRecord:
+    """What the cut costs along the unpruned greedy answer y_1 .. y_T, end of sequence included.
+
+    Attributes:
+        answer_tokens: T, summed over prompts.
+        kl_mean: KL(unpruned || pruned) in nats, mean over positions 2..T of all prompts (token-weighted).
+        kl_mean_over_prompts: mean of the prompts' means (prompt-weighted).
+        kl_p95: of the positions; `kl_max` the largest.
+        top1_agreement: share of positions 2..T at which both arms prefer the same token.
+        first_divergence: first position (from 1) at which they do not, the earliest of all prompts; None if
+            they never differ.
+        first_token_agrees: whether position 1 is the same in logits, as it must be; False is a fault of the
+            tool.
+        perplexity: per arm, of the unpruned answer.
+        exact_match: per arm, share of prompts answered exactly; None without expected answers.
+        answer_token_accuracy: per arm, along the expected answers, share of tokens 2..T preferred.
+        texts: the two texts; over several prompts those of the prompt with the largest KL.
+    """
+
+    answer_tokens: int | None = None
+    kl_mean: float | None = None
+    kl_mean_over_prompts: float | None = None
+    kl_p95: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    first_divergence: int | None = None
+    first_token_agrees: bool | None = None
+    perplexity: dict[str, float | None] = field(default_factory=dict)
+    exact_match: dict[str, float | None] = field(default_factory=dict)
+    answer_token_accuracy: dict[str, float | None] = field(default_factory=dict)
+    texts: TextsRecord = field(default_factory=TextsRecord)
+
+
+@dataclass(frozen=True)
+class HeadProfile:
+    """One KV head of a layer.
+
+    `gamma` is the attention that its query heads give to vision tokens, `attention_kept` the share of that
+    which lies on tokens kept, `image_shares` the share of each image's tokens that is kept.
+    """
+
+    gamma: float | None
+    attention_kept: float | None
+    image_shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One decoder layer of the pruned arm; over several prompts the means, and the commonest group.
+
+    `vision_tokens_kept` is per KV head; `head_overlap` the mean Jaccard overlap of the tokens that two heads
+    of the layer keep; `image_shares` the share of each image's vision tokens kept, mean over heads;
+    `kv_bytes_full` what the layer would hold uncut.
+    """
+
+    index: int
+    gamma: float | None
+    group: str | None
+    rate: float | None
+    vision_tokens_kept: float | None
+    kv_bytes_held: float | None
+    kv_bytes_held_per_head: float | None
+    kv_bytes_full: float | None
+    kv_bytes_allocated: float | None
+    kv_heads: int | None
+    head_overlap: float | None = None
+    image_shares: tuple[float, ...] = ()
+    heads: tuple[HeadProfile, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptProfile:
+    """One prompt. `line` is its line in the file of prompts, None for a prompt of the command line."""
+
+    index: int
+    line: int | None
+    prompt: str
+    system: str | None
+    images: tuple[ImageRecord, ...]
+    prompt_tokens: int | None
+    vision_tokens: int | None
+    arms: ArmsRecord
+    ratios: dict[str, RatioProfile | None]
+    quality: QualityRecord
+    layers: tuple[LayerProfile, ...]
+    control: SampleRecord | None = None
+
+
+@dataclass(frozen=True)
+class SpreadRecord:
+    """A figure over the prompts."""
+
+    minimum: float
+    quartile_1: float
+    median: float
+    quartile_3: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class ProfileRecord:
+    """Everything that `plphp profile` has to say.
+
+    Attributes:
+        arms: over all prompts; `control` the A/A control's samples (the unpruned arm once more).
+        ratios: `decode`, `ttft`, `end_to_end`, `kv` of pruned and unpruned; `loop_*` of stock and unpruned;
+            None where they could not be taken.
+        totals: per arm, sums over prompts of medians and bytes.
+        spread: per ratio and for `kl_mean`, over prompts.
+        worst: prompts (their index) with the largest KL, and those with the smallest decode ratio.
+        faults: what must not happen and did: faults of the tool, not of the model.
+    """
+
+    model: str
+    config: PLPHPConfig
+    plan: PlanRecord
+    arms: ArmsRecord
+    ratios: dict[str, RatioProfile | None]
+    bound: BoundRecord | None
+    quality: QualityRecord
+    layers: tuple[LayerProfile, ...]
+    prompts: tuple[PromptProfile, ...]
+    control: SampleRecord | None = None
+    totals: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    spread: dict[str, SpreadRecord] = field(default_factory=dict)
+    worst: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    interrupted: bool = False
+    command: str = "profile"
+    schema_version: int = SCHEMA_VERSION
+
+
+def from_json(text: str) -> ProfileRecord:
+    """The profile that `serialize.to_json` wrote. Raises `RecordError` as `serialize.parse` does."""
+    return parse(ProfileRecord, text)
+
+
+def ratio(ratios: Mapping[str, RatioProfile | None], name: str) -> float | None:
+    """The median of a named ratio; None when it was not taken."""
+    found = ratios.get(name)
+    return None if found is None else found.median

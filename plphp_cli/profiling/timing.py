@@ -1,0 +1,259 @@
+"""Samples of prefill and decode, each arm by its own path, the device synchronised before the clock is read.
+
+`PathArm` is the tool's own loop, pruned or not; `StockArm` is plain `model.generate`. Every decode starts
+from a copy of one prefilled cache and makes exactly the same number of new tokens.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from plphp_cli.attention import prune
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
+from plphp_cli.prompt import Prompt
+from plphp_cli.pruning import Policy
+from plphp_cli.vision import encode_images
+
+if TYPE_CHECKING:
+    from plphp_cli.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class PrefillSample:
+    """Seconds from the inputs on the device to the first logits, and to the first token's id on the host."""
+
+    prefill_s: float
+    first_token_s: float
+
+
+@dataclass(frozen=True)
+class DecodeSample:
+    """The new tokens of one decode, and the seconds of each step from the first token on."""
+
+    step_s: tuple[float, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def decode_s(self) -> float:
+        """First token to last."""
+        return sum(self.step_s)
+
+
+class Timer:
+    """A clock that lets the device end its work before it is read."""
+
+    def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
+        self._device = device
+
+    def now(self) -> float:
+        """Seconds."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return self.clock()
+
+
+class Arm(Protocol):
+    """One way to answer a prompt; it keeps the cache of its latest prefill."""
+
+    def prefill(self) -> PrefillSample:
+        """Prefill the prompt anew."""
+        ...
+
+    def decode(self) -> DecodeSample:
+        """Decode from a copy of the prefilled cache."""
+        ...
+
+    def drop(self) -> None:
+        """Let the cache go."""
+        ...
+
+
+class PathArm:
+    """The tool's own path: pruned by `policy`, or unpruned where that is None."""
+
+    def __init__(
+        self,
+        loaded: "LoadedModel",
+        prompt: Prompt,
+        policy: PLPHPConfig | Policy | None,
+        new_tokens: int,
+        timer: Timer,
+    ) -> None:
+        self._loaded, self._prompt, self._policy = loaded, prompt, policy
+        self._new_tokens, self._timer = new_tokens, timer
+        self.prefilled: Prefilled | None = None
+
+    def prefill(self) -> PrefillSample:
+        """See `Arm`."""
+        self.prefilled = None
+        with prune(self._loaded.model, self._policy) as pruner:
+            start = self._timer.now()
+            self.prefilled = prefill(self._loaded, self._prompt, pruner, self._new_tokens)
+            logits = self._timer.now()
+            int(self.prefilled.logits.argmax())
+            return PrefillSample(logits - start, self._timer.now() - start)
+
+    def decode(self) -> DecodeSample:
+        """See `Arm`."""
+        assert self.prefilled is not None
+        # Without a processor no text is made: that would count as the next token's time.
+        mute: Any = _without_text(self._loaded)
+        settings = Settings(self._new_tokens, stop_at_eos=False)
+        twin = self.prefilled.fork(self._new_tokens)
+        with prune(self._loaded.model, self._policy):
+            events = decode(mute, twin, settings, clock=self._timer.clock)
+            tokens = [event for event in events if isinstance(event, Token)]
+        return _sample([t.elapsed_s for t in tokens], [t.token_id for t in tokens])
+
+    def drop(self) -> None:
+        """See `Arm`."""
+        self.prefilled = None
+
+
+class StockArm:
+    """Plain `model.generate`, no hooks; the clock is read by its streamer and a logits processor."""
+
+    def __init__(self, loaded: "LoadedModel", prompt: Prompt, new_tokens: int, timer: Timer) -> None:
+        self._model: Any = loaded.model
+        self._inputs: dict[str, Any] = dict(prompt.inputs)
+        self._new_tokens, self._timer = new_tokens, timer
+        self._cache: Any = None
+        self.held_bytes: int | None = None
+
+    def prefill(self) -> PrefillSample:
+        """See `Arm`."""
+        self._cache = None
+        watch = _Watch(self._timer)
+        start = self._timer.now()
+        output = self._generate(watch, 1, self._inputs)
+        self._cache = output.past_key_values
+        self.held_bytes = _cache_bytes(self._cache)
+        return PrefillSample(watch.logits[0] - start, watch.tokens[0] - start)
+
+    def decode(self) -> DecodeSample:
+        """See `Arm`. The last prompt token is run again, so that `generate` has one to start from."""
+        watch = _Watch(self._timer)
+        cache = copy.deepcopy(self._cache)
+        inputs = dict(self._inputs)
+        try:
+            cache.crop(-1)
+        except (RuntimeError, ValueError, NotImplementedError, TypeError):
+            # A cache that cannot give a token back: prefill again, which the steps timed do not include.
+            cache = None
+        if cache is not None:
+            inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
+            inputs["past_key_values"] = cache
+        output = self._generate(watch, self._new_tokens, inputs)
+        count = len(watch.tokens)
+        return _sample(watch.tokens, output.sequences[0, -count:].tolist())
+
+    def drop(self) -> None:
+        """See `Arm`."""
+        self._cache = None
+
+    @torch.no_grad()
+    def _generate(self, watch: "_Watch", count: int, inputs: dict[str, Any]) -> Any:
+        return self._model.generate(
+            **inputs,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            streamer=watch,
+            logits_processor=LogitsProcessorList([watch.processor]),
+            return_dict_in_generate=True,
+        )
+
+
+class _Watch(BaseStreamer):
+    """Reads the clock as `generate` has logits, and as it hands out tokens."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.logits: list[float] = []
+        self.tokens: list[float] = []
+        self.processor = _LogitsWatch(self.logits, timer)
+        self._timer = timer
+        self._prompt_came = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_came:
+            self.tokens.append(self._timer.now())
+        self._prompt_came = True
+
+    def end(self) -> None:
+        pass
+
+
+class _LogitsWatch(LogitsProcessor):
+    def __init__(self, logits: list[float], timer: Timer) -> None:
+        self._logits, self._timer = logits, timer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Only the first counts: synchronising at every step would slow what is timed.
+        if not self._logits:
+            self._logits.append(self._timer.now())
+        return scores
+
+
+@dataclass
+class CutTimer:
+    """Adds up the time of scores and gathers while it is set on a pruner as `around_cut`."""
+
+    timer: Timer
+    total_s: float = field(default=0.0)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around one layer's cut."""
+        start = self.timer.now()
+        yield
+        self.total_s += self.timer.now() - start
+
+
+def time_pruning(
+    loaded: "LoadedModel", prompt: Prompt, policy: PLPHPConfig | Policy, new_tokens: int, timer: Timer
+) -> tuple[float, float]:
+    """Seconds of scores and gathers of one prefill, and of that whole prefill, which this slows."""
+    cuts = CutTimer(timer)
+    with prune(loaded.model, policy) as pruner:
+        pruner.around_cut = cuts
+        start = timer.now()
+        prefill(loaded, prompt, pruner, new_tokens)
+        return cuts.total_s, timer.now() - start
+
+
+@torch.no_grad()
+def time_vision(loaded: "LoadedModel", prompt: Prompt, timer: Timer) -> float | None:
+    """Seconds of the vision encoder alone; None where the model encodes images inside its forward."""
+    start = timer.now()
+    inputs = encode_images(loaded.model, prompt.inputs)
+    elapsed = timer.now() - start
+    return None if inputs.get("pixel_values") is not None or "pixel_values" not in prompt.inputs else elapsed
+
+
+def _without_text(loaded: "LoadedModel") -> Any:
+    if dataclasses.is_dataclass(loaded):
+        return dataclasses.replace(loaded, processor=None)
+    bare = copy.copy(loaded)
+    bare.processor = None
+    return bare
+
+
+def _sample(elapsed_s: list[float], token_ids: list[int]) -> DecodeSample:
+    steps = tuple(later - earlier for earlier, later in zip(elapsed_s, elapsed_s[1:], strict=False))
+    return DecodeSample(steps, tuple(token_ids))
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
