@@ -1,0 +1,148 @@
+"""Peaks in a fresh process per arm: what one arm leaves behind must not count for another.
+
+`measure_fresh` starts `python -m plphp_cli.profiling.fresh`, which reads a JSON job from stdin and answers
+one JSON line per prompt on stdout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import plphp_cli
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.profiling.records import PRUNED
+from plphp_cli.results import MemoryRecord
+
+_OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class FreshPrompt:
+    """One prompt, as another process can prepare it again: paths of its images instead of pixels."""
+
+    images: tuple[str, ...]
+    prompt: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class FreshJob:
+    """What a fresh process does: load the model, measure one arm on every prompt."""
+
+    arm: str
+    config: PLPHPConfig
+    prompts: tuple[FreshPrompt, ...]
+    max_pixels: int | None
+    new_tokens: int
+    model: str
+    dtype: str
+    device: str
+    attn: str
+
+
+@dataclass(frozen=True)
+class FreshPeaks:
+    """One prompt's peaks in bytes, and the process's memory at its end; `failed` says why there are none."""
+
+    prefill_bytes: int | None = None
+    prefill_decoder_bytes: int | None = None
+    decode_bytes: int | None = None
+    memory: MemoryRecord | None = None
+    failed: str | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Of prefill and decoding."""
+        return max((p for p in (self.prefill_bytes, self.decode_bytes) if p is not None), default=None)
+
+
+def measure_fresh(job: FreshJob, done: Callable[[int], None] = lambda count: None) -> list[FreshPeaks]:
+    """Run the job in a process of its own, which does not outlive this call.
+
+    Returns:
+        The peaks of each prompt, in order; those that could not be taken say why.
+    """
+    payload = {**asdict(job), "config": job.config.to_dict()}
+    found: list[FreshPeaks] = []
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        # A Ctrl-C on the terminal is for this process, which ends the other.
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        try:
+            process.stdin.write(json.dumps(payload))
+            process.stdin.close()
+            for line in process.stdout:
+                found.append(_read(json.loads(line)))
+                done(len(found))
+            error = process.stderr.read()
+        except BrokenPipeError:
+            error = process.stderr.read()
+        finally:
+            process.kill()
+    if len(found) < len(job.prompts):
+        last = error.strip().splitlines()[-1:] or ["it ended without a word"]
+        found += [FreshPeaks(failed=last[0][:300])] * (len(job.prompts) - len(found))
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, and the package where this process has it from."""
+    root = str(Path(plphp_cli.__file__).parents[1])
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def _read(values: dict[str, Any]) -> FreshPeaks:
+    memory = values.pop("memory", None)
+    return FreshPeaks(**values, memory=None if memory is None else MemoryRecord(**memory))
+
+
+def _main() -> None:
+    values = json.load(sys.stdin)
+    prompts = tuple(FreshPrompt(tuple(p["images"]), p["prompt"], p["system"]) for p in values.pop("prompts"))
+    config = PLPHPConfig.from_dict(values.pop("config"))
+    job = FreshJob(prompts=prompts, config=config, **values)
+
+    from plphp_cli.models import is_out_of_memory, load
+
+    loaded = load(job.model, dtype=job.dtype, device=job.device, attn=job.attn)
+    for prompt in job.prompts:
+        try:
+            peaks = _measure(loaded, job, prompt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            peaks = FreshPeaks(failed=_OUT_OF_MEMORY)
+        print(json.dumps(asdict(peaks)), flush=True)
+
+
+def _measure(loaded: Any, job: FreshJob, example: FreshPrompt) -> FreshPeaks:
+    from plphp_cli.images import load_image
+    from plphp_cli.memory import MemorySampler
+    from plphp_cli.models import prepare
+    from plphp_cli.profiling.peaks import measure_peaks
+
+    images = [load_image(path, job.max_pixels) for path in example.images]
+    prompt = prepare(loaded, images, example.prompt, example.system)
+    with MemorySampler(loaded.device) as sampler:
+        policy = job.config if job.arm == PRUNED else None
+        peaks = measure_peaks(loaded, prompt, job.arm, policy, job.new_tokens)
+    return FreshPeaks(
+        peaks.prefill_bytes, peaks.prefill_decoder_bytes, peaks.decode_bytes, sampler.record()
+    )
+
+
+if __name__ == "__main__":
+    _main()
