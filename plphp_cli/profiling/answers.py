@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import Done, Settings, stream
-from plphp_cli.profiling.records import PRUNED, UNPRUNED, QualityRecord, TextsRecord
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, QualityRecord, TextsRecord
 from plphp_cli.profiling.statistics import percentile
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import kl, teacher_forced
@@ -47,7 +47,9 @@ class Answers:
         """Whether both arms expect exactly the same at position 1; None when that is not known."""
         if self.first_kl is None:
             return None
-        return self.first_kl == 0 and len(set(self.first_tokens.values())) == 1
+        # Stock has its own path; the two arms of the tool's path are the same until the first cut is read.
+        own = {token for name, token in self.first_tokens.items() if not name.startswith(STOCK)}
+        return self.first_kl == 0 and len(own) <= 1
 
 
 def answer_with(
@@ -57,6 +59,15 @@ def answer_with(
     settings = Settings(max_new_tokens)
     done = [event for event in stream(loaded, prompt, config, settings) if isinstance(event, Done)]
     return done[0].text, done[0].token_ids
+
+
+@torch.no_grad()
+def stock_answer(loaded: "LoadedModel", prompt: Prompt, max_new_tokens: int) -> tuple[str, tuple[int, ...]]:
+    """The same from plain `model.generate`."""
+    output = loaded.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    ids = output[0, prompt.prompt_tokens :].tolist()
+    tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), tuple(ids)
 
 
 def judge(loaded: "LoadedModel", prompt: Prompt, config: PLPHPConfig, answers: Answers) -> None:

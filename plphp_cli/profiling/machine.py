@@ -13,7 +13,7 @@ from plphp_cli.memory import known
 
 GIB = 1 << 30
 # Passes over the buffer, of which the fastest counts: anything else is the machine doing other work.
-PASSES = 5
+PASSES = 3
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
 
@@ -47,15 +47,14 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def buffer_bytes(device: torch.device, cache_bytes: int | None) -> int:
-    """Size of the buffer to read: 1 GiB or 4 x the last-level cache, whichever is larger and still fits.
+    """Size of the buffer to read: 1 GiB, or 4 x the last-level cache where that is less and 1 GiB does not fit.
 
     Raises:
-        MemoryError: not even the smaller of the two fits into half of the free memory.
+        MemoryError: neither fits into half of the free memory.
     """
-    sizes = sorted({GIB, 4 * cache_bytes} if cache_bytes else {GIB}, reverse=True)
     free = known(lambda: _free_bytes(device))
-    for size in sizes:
-        if free is None or size <= free // 2:
+    for size in (GIB, 4 * cache_bytes if cache_bytes else GIB):
+        if size <= GIB and (free is None or size <= free // 2):
             return size
     raise MemoryError("no room for a buffer to read")
 

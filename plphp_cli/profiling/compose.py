@@ -1,0 +1,348 @@
+"""From what was measured of each prompt to the record: medians per prompt, then sums and means over prompts."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from plphp_cli.profiling.answers import quality
+from plphp_cli.profiling.bound import Limits, Load, Measured, bound
+from plphp_cli.profiling.records import (
+    PRUNED,
+    STOCK,
+    UNPRUNED,
+    ArmProfile,
+    ArmsRecord,
+    BoundRecord,
+    LayerProfile,
+    PlanRecord,
+    ProfileRecord,
+    PromptProfile,
+    QualityRecord,
+    RatioProfile,
+    SampleRecord,
+    SpreadRecord,
+    ratio,
+)
+from plphp_cli.profiling.schedule import CONTROL, slots
+from plphp_cli.profiling.state import ModelFigures, ProfileRequest, PromptState
+from plphp_cli.profiling.statistics import compare, median, percentiles, spread
+from plphp_cli.results import MIN_DECODE_STEPS, ImageRecord
+
+FIGURES = {"decode": "decode_s", "ttft": "ttft_s", "end_to_end": "end_to_end_s"}
+WORST = 3
+
+
+def compose(
+    request: ProfileRequest,
+    states: Sequence[PromptState],
+    *,
+    model: str,
+    figures: ModelFigures | None,
+    limits: Limits,
+    environment: dict[str, Any],
+    warnings: Sequence[str],
+    interrupted: bool,
+) -> ProfileRecord:
+    """The record of one profile, complete or interrupted."""
+    reached = [state for state in states if state.prompt is not None]
+    prompts = tuple(_prompt(request, state) for state in reached)
+    arms, ratios = _arms(request, reached), _ratios(request, reached)
+    layers = mean_layers([prompt.layers for prompt in prompts if prompt.layers])
+    return ProfileRecord(
+        model=model,
+        config=request.config,
+        plan=PlanRecord(request.repeats, request.warmup, request.max_new_tokens, slots(request.arms)),
+        arms=arms,
+        ratios=ratios,
+        bound=_bound(request, reached, figures, limits, arms, ratios),
+        quality=quality([state.answers for state in reached if state.answers is not None]),
+        layers=layers,
+        prompts=prompts,
+        control=_control(reached),
+        totals={name: _totals(reached, name) for name, _ in arms.items()},
+        spread=_spreads(prompts),
+        worst=_worst(prompts),
+        environment=environment,
+        warnings=(*dict.fromkeys(warnings), *_remarks(reached)),
+        faults=_faults(reached),
+        interrupted=interrupted,
+    )
+
+
+def mean_layers(prompts: Sequence[tuple[LayerProfile, ...]]) -> tuple[LayerProfile, ...]:
+    """One prompt's layers as they are; of several the means, with the commonest group of each layer."""
+    if len(prompts) < 2:
+        return prompts[0] if prompts else ()
+    return tuple(_mean_layer(same) for same in zip(*prompts, strict=True))
+
+
+def _mean_layer(layers: Sequence[LayerProfile]) -> LayerProfile:
+    def mean(name: str) -> float | None:
+        values = [value for layer in layers if (value := getattr(layer, name)) is not None]
+        return fmean(values) if values else None
+
+    groups = Counter(layer.group for layer in layers if layer.group is not None)
+    return LayerProfile(
+        index=layers[0].index,
+        gamma=mean("gamma"),
+        group=groups.most_common(1)[0][0] if groups else None,
+        rate=mean("rate"),
+        vision_tokens_kept=mean("vision_tokens_kept"),
+        kv_bytes_held=mean("kv_bytes_held"),
+        kv_bytes_held_per_head=mean("kv_bytes_held_per_head"),
+        kv_bytes_full=mean("kv_bytes_full"),
+        kv_bytes_allocated=mean("kv_bytes_allocated"),
+        kv_heads=layers[0].kv_heads,
+        head_overlap=mean("head_overlap"),
+    )
+
+
+def _prompt(request: ProfileRequest, state: PromptState) -> PromptProfile:
+    question, prompt = state.question, state.prompt
+    return PromptProfile(
+        index=state.index,
+        line=question.line,
+        prompt=question.prompt,
+        system=question.system,
+        images=tuple(ImageRecord.from_image(image) for image in question.images),
+        prompt_tokens=None if prompt is None else prompt.prompt_tokens,
+        vision_tokens=None if prompt is None else prompt.vision_tokens,
+        arms=_arms(request, [state]),
+        ratios=_ratios(request, [state]),
+        quality=QualityRecord() if state.answers is None else quality([state.answers]),
+        layers=state.layers,
+        control=_control([state]),
+    )
+
+
+def _arms(request: ProfileRequest, states: Sequence[PromptState]) -> ArmsRecord:
+    return ArmsRecord(**{arm: _arm(request, states, arm) for arm in request.arms})
+
+
+def _arm(request: ProfileRequest, states: Sequence[PromptState], arm: str) -> ArmProfile:
+    """An arm over prompts: means per prompt of medians and bytes, the largest peak."""
+    failed = [state for state in states if arm in state.failed]
+    timed = [state for state in states if state.prefills.get(arm)]
+    decoded = [state for state in states if state.decodes.get(arm)]
+    steps = [s for state in decoded for sample in state.decodes[arm] for s in sample.step_s]
+    count = len(decoded[0].decodes[arm][0].step_s) if decoded else 0
+    times = {name: _mean_median(timed, lambda s, n=name: s.samples(arm, n)) for name in _TIMES}
+    pruning = states if arm == PRUNED else []
+    long_enough = count >= MIN_DECODE_STEPS
+    decode_s = times["decode_s"]
+    return ArmProfile(
+        new_tokens=count + 1 if decoded else 1 if timed and request.max_new_tokens == 1 else None,
+        failed=_failure(failed, len(states), arm),
+        preprocess_s=_mean_median(states, lambda s: s.preprocess_s),
+        vision_s=_mean_median(states, lambda s: s.vision_s),
+        prefill_s=times["prefill_s"],
+        prune_s=_mean_median(pruning, lambda s: s.prune_s),
+        prune_share_of_prefill=_mean_median(pruning, lambda s: s.prune_shares),
+        ttft_s=times["ttft_s"],
+        decode_s=decode_s,
+        decode_tokens_per_s=count / decode_s if decode_s and long_enough else None,
+        tpot_s=percentiles(steps) if long_enough else None,
+        end_to_end_s=times["end_to_end_s"],
+        kv_bytes_held=_mean_bytes(states, arm, "held"),
+        kv_bytes_allocated=_mean_bytes(states, arm, "allocated"),
+        kv_bytes_held_predicted=_mean_bytes(states, arm, "held_predicted"),
+        kv_bytes_allocated_predicted=_mean_bytes(states, arm, "allocated_predicted"),
+        peak_bytes=_peak(states, arm, "peak_bytes"),
+        peak_prefill_bytes=_peak(states, arm, "prefill_bytes"),
+        peak_prefill_decoder_bytes=_peak(states, arm, "prefill_decoder_bytes"),
+        peak_decode_bytes=_peak(states, arm, "decode_bytes"),
+        memory=next((s.peaks[arm].memory for s in reversed(states) if arm in s.peaks), None),
+        samples=_samples(states, arm),
+    )
+
+
+_TIMES = ("prefill_s", "ttft_s", "decode_s", "end_to_end_s")
+
+
+def _failure(failed: Sequence[PromptState], count: int, arm: str) -> str | None:
+    if not failed:
+        return None
+    reason = failed[0].failed[arm]
+    return reason if count == 1 else f"{reason} on {len(failed)} of {count} prompts"
+
+
+def _mean_median(
+    states: Sequence[PromptState], samples: Callable[[PromptState], Sequence[float]]
+) -> float | None:
+    medians = [value for state in states if (value := median(samples(state))) is not None]
+    return fmean(medians) if medians else None
+
+
+def _mean_bytes(states: Sequence[PromptState], arm: str, name: str) -> int | None:
+    values = [value for s in states if arm in s.kv and (value := getattr(s.kv[arm], name)) is not None]
+    return round(fmean(values)) if values else None
+
+
+def _peak(states: Sequence[PromptState], arm: str, name: str) -> int | None:
+    values = [value for s in states if arm in s.peaks and (value := getattr(s.peaks[arm], name)) is not None]
+    return max(values, default=None)
+
+
+def _sums(states: Sequence[PromptState], slot: str, figure: str) -> list[float]:
+    """Per repeat the sum over prompts; as many repeats as every prompt has."""
+    return [sum(column) for column in zip(*(state.samples(slot, figure) for state in states), strict=False)]
+
+
+def _samples(states: Sequence[PromptState], slot: str) -> SampleRecord:
+    timed = [state for state in states if state.prefills.get(slot)]
+    if not timed:
+        return SampleRecord()
+
+    def shared(name: str) -> tuple[float, ...]:
+        return tuple(sum(column) for column in zip(*(getattr(s, name) for s in timed), strict=False))
+
+    return SampleRecord(
+        preprocess_s=shared("preprocess_s"),
+        vision_s=shared("vision_s"),
+        prune_s=shared("prune_s") if slot == PRUNED else (),
+        step_s=tuple(d.step_s for d in timed[0].decodes.get(slot, ())) if len(states) == 1 else (),
+        **{name: tuple(_sums(timed, slot, name)) for name in _TIMES},
+    )
+
+
+def _control(states: Sequence[PromptState]) -> SampleRecord | None:
+    return _samples(states, CONTROL) if any(state.prefills.get(CONTROL) for state in states) else None
+
+
+def _ratios(request: ProfileRequest, states: Sequence[PromptState]) -> dict[str, RatioProfile | None]:
+    """Paired ratios of sums over the prompts that both arms answered."""
+    found = {name: _ratio(states, UNPRUNED, PRUNED, figure) for name, figure in FIGURES.items()}
+    both = [state.kv for state in states if PRUNED in state.kv and UNPRUNED in state.kv]
+    found["kv"] = None
+    if both:
+        value = sum(kv[PRUNED].held for kv in both) / sum(kv[UNPRUNED].held for kv in both)
+        names = (f"{PRUNED}.kv_bytes_held", f"{UNPRUNED}.kv_bytes_held")
+        found["kv"] = RatioProfile(value, value, value, *names, samples=(value,))
+    if STOCK in request.arms:
+        loop = {f"loop_{name}": _ratio(states, STOCK, UNPRUNED, figure) for name, figure in FIGURES.items()}
+        found |= loop
+    return found
+
+
+def _ratio(
+    states: Sequence[PromptState], numerator: str, denominator: str, figure: str
+) -> RatioProfile | None:
+    usable = [s for s in states if s.samples(numerator, figure) and s.samples(denominator, figure)]
+    if not usable or (figure == "decode_s" and _steps(usable, denominator) < MIN_DECODE_STEPS):
+        return None
+    control = (_sums(usable, UNPRUNED, figure), _sums(usable, CONTROL, figure))
+    over, under = _sums(usable, numerator, figure), _sums(usable, denominator, figure)
+    found = compare(over, under, control)
+    if found is None:
+        return None
+    names = (f"{numerator}.{figure}", f"{denominator}.{figure}")
+    return RatioProfile(
+        found.median,
+        found.low,
+        found.high,
+        *names,
+        control_low=found.control_low,
+        control_high=found.control_high,
+        verdict=found.verdict,
+        samples=found.ratios,
+    )
+
+
+def _steps(states: Sequence[PromptState], arm: str) -> int:
+    return len(states[0].decodes[arm][0].step_s)
+
+
+def _totals(states: Sequence[PromptState], arm: str) -> dict[str, float | None]:
+    def total(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    times: dict[str, float | None] = {n: total([median(s.samples(arm, n)) for s in states]) for n in _TIMES}
+    times["kv_bytes_held"] = total([s.kv[arm].held for s in states if arm in s.kv])
+    times["kv_bytes_allocated"] = total([s.kv[arm].allocated for s in states if arm in s.kv])
+    return times
+
+
+def _spreads(prompts: Sequence[PromptProfile]) -> dict[str, SpreadRecord]:
+    if len(prompts) < 2:
+        return {}
+    values = {name: [ratio(prompt.ratios, name) for prompt in prompts] for name in (*FIGURES, "kv")}
+    values["kl_mean"] = [prompt.quality.kl_mean for prompt in prompts]
+    values["top1_agreement"] = [prompt.quality.top1_agreement for prompt in prompts]
+    found = {name: spread([v for v in column if v is not None]) for name, column in values.items()}
+    return {name: five for name, five in found.items() if five is not None}
+
+
+def _worst(prompts: Sequence[PromptProfile]) -> dict[str, tuple[int, ...]]:
+    if len(prompts) < 2:
+        return {}
+    judged = [p for p in prompts if p.quality.kl_mean is not None]
+    timed = [p for p in prompts if ratio(p.ratios, "decode") is not None]
+    by_kl = sorted(judged, key=lambda p: -(p.quality.kl_mean or 0.0))
+    by_speed = sorted(timed, key=lambda p: ratio(p.ratios, "decode") or 0.0)
+    return {"kl": tuple(p.index for p in by_kl[:WORST]), "decode": tuple(p.index for p in by_speed[:WORST])}
+
+
+def _bound(
+    request: ProfileRequest,
+    states: Sequence[PromptState],
+    figures: ModelFigures | None,
+    limits: Limits,
+    arms: ArmsRecord,
+    ratios: dict[str, RatioProfile | None],
+) -> BoundRecord | None:
+    """The bound of the mean prompt; None before a layer table is known."""
+    looked = [state for state in states if state.layers and state.prompt is not None]
+    if figures is None or not looked:
+        return None
+    full = [sum(layer.kv_bytes_full or 0 for layer in state.layers) for state in looked]
+    tokens = [state.prompt.prompt_tokens for state in looked if state.prompt is not None]
+    heads = max((layer.kv_heads or 0 for layer in looked[0].layers), default=0)
+    held = {arm: value for arm, one in arms.items() if (value := one.kv_bytes_held) is not None}
+    if PRUNED not in held:
+        cut = [sum(layer.kv_bytes_held or 0 for layer in state.layers) for state in looked]
+        held[PRUNED] = round(fmean(cut))
+    allocated = {arm: value for arm, one in arms.items() if (value := one.kv_bytes_allocated) is not None}
+    peak = arms.pruned.peak_prefill_bytes if arms.pruned is not None else None
+    load = Load(
+        weight_bytes=figures.weight_bytes,
+        weight_operations=2 * figures.weight_bytes / figures.item_bytes,
+        model_bytes=figures.model_bytes,
+        kv_bytes_held=held,
+        kv_bytes_allocated=allocated,
+        kv_bytes_full=fmean(full),
+        token_bytes=sum(full) / sum(tokens),
+        operations_per_kv_byte=2 * figures.query_heads / (heads * figures.item_bytes) if heads else 0.0,
+        prompt_tokens=fmean(tokens),
+        vision_tokens=fmean(s.prompt.vision_tokens for s in looked if s.prompt is not None),
+        images=fmean(len(s.question.images) for s in looked),
+        new_tokens=request.max_new_tokens,
+        transient_bytes=None if peak is None else max(0, peak - figures.model_bytes),
+    )
+    tpot = {arm: one.tpot_s.p50 if one.tpot_s else None for arm, one in arms.items()}
+    pruned = arms.pruned
+    return bound(load, limits, Measured(tpot, ratios["decode"], pruned.prune_s if pruned else None))
+
+
+def _remarks(states: Sequence[PromptState]) -> list[str]:
+    """What readers should know: arms that did not repeat themselves, or that stock answers otherwise."""
+    found = []
+    for state in states:
+        for slot, samples in state.decodes.items():
+            if len({sample.token_ids for sample in samples}) > 1:
+                found.append(f"prompt {state.index + 1}: {slot} did not generate the same tokens every time")
+        stock, unpruned = state.decodes.get(STOCK), state.decodes.get(UNPRUNED)
+        if stock and unpruned and stock[0].token_ids != unpruned[0].token_ids:
+            found.append(f"prompt {state.index + 1}: stock generates other tokens than the unpruned arm")
+    return found
+
+
+def _faults(states: Sequence[PromptState]) -> tuple[str, ...]:
+    """The first token comes from the whole prompt: anything but exact agreement is a fault of the tool."""
+    return tuple(
+        f"prompt {state.index + 1}: the first token of the pruned arm is not that of the unpruned one, "
+        "which is a fault of the tool: please report it"
+        for state in states
+        if state.answers is not None and state.answers.first_token_agrees is False
+    )

@@ -1,0 +1,345 @@
+"""The work of `plphp profile`, in the order in which it is done; what is known at any moment can be recorded."""
+
+import dataclasses
+import gc
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from plphp_cli.attention import prune
+from plphp_cli.environment import environment, sha256_of_text
+from plphp_cli.generate import Clock, prefill
+from plphp_cli.memory import known
+from plphp_cli.models import LoadedModel, decoder_weight_bytes, is_out_of_memory, load, prepare
+from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
+from plphp_cli.profiling.bound import Limits
+from plphp_cli.profiling.compose import compose
+from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
+from plphp_cli.profiling.layers import check_bytes, layer_profiles
+from plphp_cli.profiling.machine import measure_machine
+from plphp_cli.profiling.pace import Pace, Progress
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
+from plphp_cli.profiling.schedule import CONTROL, alternated, slots
+from plphp_cli.profiling.state import KVBytes, ModelFigures, ProfileRequest, PromptState
+from plphp_cli.profiling.timing import Arm, PathArm, StockArm, Timer, time_pruning, time_vision
+from plphp_cli.prompt import Prompt
+
+# Passes of their own for the prune time: enough for a median, and a prefill each.
+PRUNE_PASSES = 3
+# Share of the CPU that others may use before a machine counts as busy.
+BUSY = 0.25
+
+
+class ProfileSession:
+    """One profile.
+
+    Args:
+        request: what to measure.
+        progress: shown before each piece of work.
+        check: called between pieces; raises `KeyboardInterrupt` when the user wants to stop.
+        clock: seconds, for tests; None is the real one.
+    """
+
+    def __init__(
+        self,
+        request: ProfileRequest,
+        progress: Callable[[Progress], None] = lambda progress: None,
+        check: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._request, self._check, self._clock = request, check, clock
+        self._slots = slots(request.arms)
+        self.states = [PromptState(index, question) for index, question in enumerate(request.questions)]
+        self._pace = Pace(self._plan(), progress)
+        self._loaded: LoadedModel | None = None
+        self._figures: ModelFigures | None = None
+        self._limits = Limits()
+        self._environment: dict[str, Any] = {}
+        self._warnings: list[str] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether there is anything to report."""
+        return any(state.prefills for state in self.states)
+
+    def load(self) -> None:
+        """Load the model and note the circumstances."""
+        request = self._request
+        self._note_machine()
+        self._loaded = loaded = load(
+            request.model, dtype=request.dtype, device=request.device, attn=request.attn
+        )
+        text = loaded.model.config.get_text_config(decoder=True)
+        tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
+        self._figures = ModelFigures(
+            weight_bytes=decoder_weight_bytes(loaded),
+            model_bytes=sum({t.data_ptr(): t.nbytes for t in tensors}.values()),
+            item_bytes=loaded.dtype.itemsize,
+            query_heads=int(getattr(text, "num_attention_heads", 1)),
+        )
+        first = request.questions[0]
+        self._environment |= environment(
+            loaded=loaded,
+            config=request.config,
+            seed=0,
+            command=request.command or None,
+            images=[image for question in request.questions for image in question.images],
+            prompt=first.prompt if len(request.questions) == 1 else None,
+            attention_mask="none while decoding what was cut, else the model's own",
+        )
+        self._environment["questions"] = [
+            {
+                "prompt_sha256": sha256_of_text(question.prompt),
+                "image_sha256": [image.sha256 for image in question.images],
+            }
+            for question in request.questions
+        ]
+
+    def run(self) -> None:
+        """Measure every prompt, then the machine, then peaks in fresh processes."""
+        for state in self.states:
+            self._look(state)
+            self._time(state)
+        assert self._loaded is not None
+        device, dtype = self._loaded.device, self._loaded.dtype
+        self._release()
+        with self._pace.piece("machine", "bandwidth and rate of this device"):
+            machine = measure_machine(device, dtype)
+            self._limits = Limits(**dataclasses.asdict(machine), cpu=device.type == "cpu")
+        self._check()
+        for arm in self._request.arms:
+            self._measure_peaks(arm)
+
+    def record(self, interrupted: bool = False) -> ProfileRecord:
+        """Everything known so far."""
+        state = self._environment.get("machine_state")
+        if isinstance(state, dict):
+            state["load_average_at_end"] = known(lambda: list(os.getloadavg()))
+        loaded = self._loaded
+        return compose(
+            self._request,
+            self.states,
+            model=self._request.model if loaded is None else loaded.name,
+            figures=self._figures,
+            limits=self._limits,
+            environment=self._environment,
+            warnings=self._warnings,
+            interrupted=interrupted,
+        )
+
+    def _plan(self) -> Counter[str]:
+        request = self._request
+        prompts, rounds = len(request.questions), request.repeats + request.warmup
+        each = rounds * len(self._slots)
+        return Counter(
+            {
+                "prepare": prompts,
+                "answer": prompts * len(request.arms),
+                "judge": prompts * 2,
+                "prefill": prompts * each,
+                "pruning": prompts * PRUNE_PASSES,
+                "decode": prompts * each if request.max_new_tokens > 1 else 0,
+                "machine": 1,
+                "peaks": len(request.arms),
+            }
+        )
+
+    def _note_machine(self) -> None:
+        """Whether others use the CPU, while this process does nothing."""
+        import psutil
+
+        share = known(lambda: psutil.cpu_percent(interval=0.5) / 100)
+        self._environment["busy_share_before"] = share
+        if share is not None and share > BUSY:
+            self._warnings.append(
+                f"the machine was busy: others used {share:.0%} of the CPU before the start; times may not hold"
+            )
+
+    def _stage(self, state: PromptState, text: str) -> str:
+        count = len(self.states)
+        return text if count == 1 else f"prompt {state.index + 1} of {count}: {text}"
+
+    def _look(self, state: PromptState) -> None:
+        """Everything but times: texts, quality, layers, bytes."""
+        request, loaded, question = self._request, self._loaded, state.question
+        assert loaded is not None
+        with self._pace.piece("prepare", self._stage(state, "preprocessing")):
+            for _ in range(request.warmup + request.repeats):
+                state.prompt = prepare(loaded, question.images, question.prompt, question.system)
+                state.preprocess_s.append(state.prompt.preprocess_s)
+            del state.preprocess_s[: request.warmup]
+        self._warnings += [n for n in state.prompt.notes if n not in self._warnings] if state.prompt else []
+        state.answers = answers = Answers(answer=question.answer)
+        for arm in request.arms:
+            with self._pace.piece("answer", self._stage(state, f"{arm} arm, its answer")):
+                self._guarded(state, arm, lambda arm=arm: self._answer(state, arm))
+            self._check()
+        with self._pace.piece("judge", self._stage(state, "where the attention goes")):
+            self._guarded(state, PRUNED, lambda: self._map_layers(state))
+        self._check()
+        with self._pace.piece("judge", self._stage(state, "quality, teacher-forced")):
+            if {PRUNED, UNPRUNED} <= set(request.arms) - state.failed.keys() and answers.ids:
+                self._guarded(
+                    state, None, lambda: judge(loaded, _of(state), request.config, answers)
+                )
+        self._check()
+
+    def _answer(self, state: PromptState, arm: str) -> None:
+        request, loaded, answers = self._request, self._loaded, state.answers
+        assert loaded is not None
+        assert answers is not None
+        if arm == STOCK:
+            answers.texts[arm], ids = stock_answer(loaded, _of(state), request.max_new_tokens)
+        else:
+            config = request.config if arm == PRUNED else None
+            answers.texts[arm], ids = answer_with(loaded, _of(state), config, request.max_new_tokens)
+        answers.first_tokens[f"{arm} answer"] = ids[0]
+        if arm == UNPRUNED:
+            answers.ids = ids
+
+    def _map_layers(self, state: PromptState) -> None:
+        loaded, config = self._loaded, self._request.config
+        assert loaded is not None
+        with prune(loaded.model, config, keep_attention=True) as pruner:
+            state.layers = layer_profiles(
+                prefill(loaded, _of(state), pruner, self._request.max_new_tokens).state
+            )
+
+    def _time(self, state: PromptState) -> None:
+        """Prefill in alternated rounds, then the passes of their own, then decoding in alternated rounds."""
+        request, loaded = self._request, self._loaded
+        assert loaded is not None
+        prompt, device = _of(state), loaded.device
+        timer = Timer(device) if self._clock is None else Timer(device, self._clock)
+        arms = self._arms(prompt, timer)
+        for repeat, slot in alternated(self._slots, request.warmup + request.repeats):
+            sample = self._round(state, arms, slot, "prefill", repeat)
+            if sample is not None and repeat >= request.warmup:
+                state.prefills.setdefault(slot, []).append(sample)
+        for _ in range(request.warmup + request.repeats):
+            self._guarded(state, None, lambda: self._time_vision(state, timer))
+        del state.vision_s[: request.warmup]
+        for number in range(PRUNE_PASSES):
+            with self._pace.piece("pruning", self._stage(state, f"pruning itself, pass {number + 1}")):
+                self._guarded(state, PRUNED, lambda: self._time_pruning(state, timer))
+            self._check()
+        if request.max_new_tokens > 1:
+            for repeat, slot in alternated(self._slots, request.warmup + request.repeats):
+                sample = self._round(state, arms, slot, "decode", repeat)
+                if sample is not None and repeat >= request.warmup:
+                    state.decodes.setdefault(slot, []).append(sample)
+        for arm in arms.values():
+            arm.drop()
+
+    def _arms(self, prompt: Any, timer: Timer) -> dict[str, Arm]:
+        request, loaded = self._request, self._loaded
+        assert loaded is not None
+        count = request.max_new_tokens
+        unpruned = PathArm(loaded, prompt, None, count, timer)
+        every: dict[str, Arm] = {
+            PRUNED: PathArm(loaded, prompt, request.config, count, timer),
+            UNPRUNED: unpruned,
+            CONTROL: unpruned,
+            STOCK: StockArm(loaded, prompt, count, timer),
+        }
+        return {slot: every[slot] for slot in self._slots}
+
+    def _round(self, state: PromptState, arms: dict[str, Arm], slot: str, kind: str, repeat: int) -> Any:
+        """One sample of one slot; None if its arm has failed."""
+        arm = UNPRUNED if slot == CONTROL else slot
+        if arm in state.failed:
+            self._pace.drop(kind)
+            return None
+        number = repeat + 1 - self._request.warmup
+        which = "warm-up" if number < 1 else f"{number} of {self._request.repeats}"
+        name = "A/A control" if slot == CONTROL else f"{slot} arm"
+        with self._pace.piece(kind, self._stage(state, f"{kind}, {name}, {which}")):
+            sample = self._guarded(state, arm, getattr(arms[slot], kind))
+        if sample is None:
+            arms[slot].drop()
+        elif kind == "prefill" and arm not in state.kv:
+            state.kv[arm] = self._kv(arms[slot], arm)
+        self._check()
+        return sample
+
+    def _kv(self, arm: Arm, name: str) -> KVBytes:
+        if isinstance(arm, StockArm):
+            held = arm.held_bytes or 0
+            return KVBytes(held, held)
+        assert isinstance(arm, PathArm) and arm.prefilled is not None
+        config = self._request.config if name == PRUNED else None
+        return KVBytes(*check_bytes(arm.prefilled.state, self._request.max_new_tokens, config, name))
+
+    def _time_vision(self, state: PromptState, timer: Timer) -> None:
+        assert self._loaded is not None
+        seconds = time_vision(self._loaded, _of(state), timer)
+        if seconds is not None:
+            state.vision_s.append(seconds)
+
+    def _time_pruning(self, state: PromptState, timer: Timer) -> None:
+        request, loaded = self._request, self._loaded
+        assert loaded is not None
+        prune_s, prefill_s = time_pruning(
+            loaded, _of(state), request.config, request.max_new_tokens, timer
+        )
+        state.prune_s.append(prune_s)
+        if prefill_s > 0:
+            state.prune_shares.append(prune_s / prefill_s)
+
+    def _guarded(self, state: PromptState, arm: str | None, work: Callable[[], Any]) -> Any:
+        """What `work` returns; out of memory ends the arm (or, without one, only this work) and is noted."""
+        if arm in state.failed:
+            return None
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        if arm is not None:
+            state.failed[arm] = "out of memory"
+        self._warnings.append(f"{self._stage(state, arm or 'a pass')}: out of memory")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _release(self) -> None:
+        """Let the model go: fresh processes load their own."""
+        assert self._loaded is not None
+        self._loaded = dataclasses.replace(self._loaded, model=None, processor=None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _measure_peaks(self, arm: str) -> None:
+        request, loaded = self._request, self._loaded
+        assert loaded is not None
+        job = FreshJob(
+            arm=arm,
+            config=request.config,
+            prompts=tuple(
+                FreshPrompt(tuple(image.path for image in q.images), q.prompt, q.system)
+                for q in request.questions
+            ),
+            max_pixels=request.max_pixels,
+            new_tokens=request.max_new_tokens,
+            model=request.model,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            attn=loaded.attn,
+        )
+        with self._pace.piece("peaks", f"peak memory, {arm} arm in a fresh process"):
+            found = measure_fresh(job)
+        for state, peaks in zip(self.states, found, strict=True):
+            state.peaks[arm] = peaks
+        if failed := sorted({peaks.failed for peaks in found if peaks.failed}):
+            self._warnings.append(f"peak memory of the {arm} arm is not known: {failed[0]}")
+        self._check()
+
+
+def _of(state: PromptState) -> Prompt:
+    assert state.prompt is not None
+    return state.prompt

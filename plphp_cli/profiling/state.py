@@ -1,0 +1,104 @@
+"""What has been measured of a prompt so far: filled step by step, so that an interruption loses nothing."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.images import LoadedImage
+from plphp_cli.profiling.records import LayerProfile
+
+if TYPE_CHECKING:
+    from plphp_cli.profiling.answers import Answers
+    from plphp_cli.profiling.fresh import FreshPeaks
+    from plphp_cli.profiling.timing import DecodeSample, PrefillSample
+    from plphp_cli.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt to profile: decoded images, text, and the expected answer where it is known."""
+
+    images: tuple[LoadedImage, ...]
+    prompt: str
+    system: str | None = None
+    answer: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What the user asked for, checked as far as that is possible without the model.
+
+    `arms` are those to run, in the order of `records.ARMS`.
+    """
+
+    questions: tuple[Question, ...]
+    config: PLPHPConfig
+    arms: tuple[str, ...]
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    attn: str = "sdpa"
+    max_pixels: int | None = None
+    repeats: int = 9
+    warmup: int = 1
+    max_new_tokens: int = 128
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of one prompt's cache in one arm, real and by arithmetic (None where there is none: stock)."""
+
+    held: int
+    allocated: int
+    held_predicted: int | None = None
+    allocated_predicted: int | None = None
+
+
+@dataclass
+class PromptState:
+    """One prompt under measurement. Times by slot: an arm, or the A/A control."""
+
+    index: int
+    question: Question
+    prompt: "Prompt | None" = None
+    answers: "Answers | None" = None
+    layers: tuple[LayerProfile, ...] = ()
+    kv: dict[str, KVBytes] = field(default_factory=dict)
+    preprocess_s: list[float] = field(default_factory=list)
+    vision_s: list[float] = field(default_factory=list)
+    prune_s: list[float] = field(default_factory=list)
+    prune_shares: list[float] = field(default_factory=list)
+    prefills: "dict[str, list[PrefillSample]]" = field(default_factory=dict)
+    decodes: "dict[str, list[DecodeSample]]" = field(default_factory=dict)
+    peaks: "dict[str, FreshPeaks]" = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def samples(self, slot: str, figure: str) -> list[float]:
+        """Samples of a time of one slot, one a repeat: `prefill_s`, `ttft_s`, `decode_s`, `end_to_end_s`."""
+        prefills, decodes = self.prefills.get(slot, []), self.decodes.get(slot, [])
+        if figure == "prefill_s":
+            return [sample.prefill_s for sample in prefills]
+        decode = [sample.decode_s for sample in decodes if sample.step_s]
+        if figure == "decode_s":
+            return decode
+        ttft = [
+            before + sample.first_token_s
+            for before, sample in zip(self.preprocess_s, prefills, strict=False)
+        ]
+        if figure == "ttft_s":
+            return ttft
+        # One new token has no steps: its end is its first token.
+        single = bool(decodes) and not decodes[0].step_s
+        return ttft if single else [one + two for one, two in zip(ttft, decode, strict=False)]
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What the bound needs to know of the model."""
+
+    weight_bytes: int
+    model_bytes: int
+    item_bytes: int
+    query_heads: int
