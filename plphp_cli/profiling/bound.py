@@ -173,6 +173,8 @@ def capacity(load: Load, memory: int | None, arm: str) -> CapacityRecord:
     each = load.kv_bytes_allocated.get(arm)
     if memory is None or not each:
         return CapacityRecord(None, None)
+    if arm == STOCK:
+        each = round(each + load.new_tokens * load.token_bytes)
     room = memory - load.model_bytes - (load.transient_bytes or 0)
     prompts = max(0, int(room // each))
     if not load.images:

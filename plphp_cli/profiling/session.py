@@ -267,6 +267,7 @@ class ProfileSession:
 
     def _kv(self, arm: Arm, name: str) -> KVBytes:
         if isinstance(arm, StockArm):
+            # Its storages have no room to spare; concatenation grows them as tokens come.
             held = arm.held_bytes or 0
             return KVBytes(held, held)
         assert isinstance(arm, PathArm) and arm.prefilled is not None

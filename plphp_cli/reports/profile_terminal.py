@@ -1,0 +1,331 @@
+"""What `plphp profile` prints: a headline, the arms side by side, the bound, quality, where attention goes."""
+
+from collections.abc import Callable, Sequence
+
+from rich.text import Text
+
+from plphp_cli.profiling.records import (
+    FASTER,
+    NO_DIFFERENCE,
+    PRUNED,
+    SLOWER,
+    STOCK,
+    UNPRUNED,
+    ArmProfile,
+    LayerProfile,
+    ProfileRecord,
+)
+from plphp_cli.reports.diff import DIFFERENT_STYLE, marked, word_diff
+from plphp_cli.reports.layers import layer_lines
+from plphp_cli.reports.profile_text import headline, remarks, repaid, standing
+from plphp_cli.reports.text import fit, visible, wrapped
+from plphp_cli.results import LayerRecord
+from plphp_cli.units import (
+    NOT_AVAILABLE,
+    finite,
+    format_bytes,
+    format_count,
+    format_number,
+    format_percent,
+    format_rate,
+    format_ratio,
+    format_seconds,
+)
+
+_LABEL, _VALUE = 24, 12
+_VERDICTS = {FASTER: "faster", SLOWER: "SLOWER", NO_DIFFERENCE: "no difference"}
+_RATIO_LABELS = {
+    "ttft": "TTFT",
+    "end_to_end": "end to end",
+    "kv": "KV held (below 1)",
+    "loop_decode": "decode, stock/unpr.",
+    "loop_ttft": "TTFT, stock/unpr.",
+    "loop_end_to_end": "end to end, stock/unpr.",
+}
+
+
+def profile_report(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
+    """The whole report in lines of at most `width` cells.
+
+    Args:
+        record: of one `plphp profile`, complete or interrupted.
+        width: terminal cells.
+        colour: whether styles will be seen; without them differences stand in `[[...]]`.
+    """
+    lines: list[Text] = []
+    for fault in record.faults:
+        lines += wrapped(Text(f"FAULT: {fault}", style="bold red"), width)
+    for sentence in headline(record):
+        lines += wrapped(Text(sentence, style="bold" if sentence == headline(record)[0] else ""), width)
+    lines += wrapped(Text(standing(record), style="dim"), width)
+    lines += _times(record, width)
+    lines += _differences(record, width)
+    lines += _memory(record, width)
+    lines += _bound(record, width)
+    lines += _quality(record, width, colour)
+    lines += _prompts(record, width)
+    lines += _layers(record, width)
+    notes = remarks(record)
+    if notes:
+        lines += [Text(), *(line for note in notes for line in wrapped(Text(f"note: {visible(note)}"), width))]
+    return lines
+
+
+def _times(record: ProfileRecord, width: int) -> list[Text]:
+    arms = record.arms.items()
+    lines = _rule(f"times, median of {record.plan.repeats} repeats", width)
+    lines.append(_row("", [name for name, _ in arms], width, "bold"))
+
+    def figure(label: str, show: Callable[[ArmProfile], str]) -> None:
+        lines.append(_row(label, [show(arm) for _, arm in arms], width))
+
+    figure("image preprocessing", lambda arm: format_seconds(arm.preprocess_s))
+    figure("prefill", lambda arm: format_seconds(arm.prefill_s))
+    figure("  vision encoder", lambda arm: format_seconds(arm.vision_s))
+    # Only the pruned arm has any.
+    figure("  pruning itself", lambda arm: "" if arm.prune_s is None else format_seconds(arm.prune_s))
+    figure("TTFT", lambda arm: format_seconds(arm.ttft_s))
+    figure("decode, tokens/s", lambda arm: format_rate(arm.decode_tokens_per_s, "").strip())
+    figure("  TPOT p50", lambda arm: format_seconds(arm.tpot_s.p50 if arm.tpot_s else None))
+    figure("  TPOT p90", lambda arm: format_seconds(arm.tpot_s.p90 if arm.tpot_s else None))
+    figure("  TPOT p99", lambda arm: format_seconds(arm.tpot_s.p99 if arm.tpot_s else None))
+    tokens = max((arm.new_tokens or 0 for _, arm in arms), default=0)
+    figure(f"end to end, {tokens} tokens", lambda arm: format_seconds(arm.end_to_end_s))
+    share = record.arms.pruned.prune_share_of_prefill if record.arms.pruned is not None else None
+    if share is not None:
+        text = f"pruning itself took {format_percent(share)} of a prefill of its own pass"
+        lines += wrapped(Text(text, style="dim"), width)
+    return lines
+
+
+def _differences(record: ProfileRecord, width: int) -> list[Text]:
+    """Paired ratios, each with its interval and that of identical arms."""
+    if not any(ratio is not None for ratio in record.ratios.values()):
+        return []
+    lines = _rule("ratios, unpruned / pruned: above 1 favours pruning", width)
+    heading = ("", "median", "95 % interval", "A/A interval", "verdict")
+    lines.append(_cut(_ratio_row(heading, "bold"), width))
+    for name, ratio in record.ratios.items():
+        label = _RATIO_LABELS.get(name, name)
+        if ratio is None:
+            lines.append(_cut(_ratio_row((label, NOT_AVAILABLE, "", "", "")), width))
+            continue
+        low_high = "" if name == "kv" else f"{ratio.low:.3f} to {ratio.high:.3f}"
+        same = "" if ratio.control_low is None else f"{ratio.control_low:.3f} to {ratio.control_high:.3f}"
+        verdict = _VERDICTS.get(ratio.verdict or "", "" if name == "kv" else "too few pairs")
+        lines.append(_cut(_ratio_row((label, format_ratio(ratio.median), low_high, same, verdict)), width))
+    return lines
+
+
+def _ratio_row(cells: Sequence[str], style: str = "") -> Text:
+    label, median, interval, same, verdict = cells
+    line = fit(Text(label, style=style or "dim"), _LABEL)
+    line.append(f"{median:>7} {interval:>16} {same:>16}  {verdict}", style)
+    line.rstrip()
+    return line
+
+
+def _memory(record: ProfileRecord, width: int) -> list[Text]:
+    lines = _rule("memory", width)
+    arms = record.arms.items()
+
+    def figure(label: str, show: Callable[[ArmProfile], int | None]) -> None:
+        lines.append(_row(label, [format_bytes(show(arm)) for _, arm in arms], width))
+
+    figure("KV cache held", lambda arm: arm.kv_bytes_held)
+    figure("KV cache allocated", lambda arm: arm.kv_bytes_allocated)
+    figure("peak live, prefill", lambda arm: arm.peak_prefill_bytes)
+    figure("  decoder part", lambda arm: arm.peak_prefill_decoder_bytes)
+    figure("peak live, decode", lambda arm: arm.peak_decode_bytes)
+    figure("resident (RSS), peak", lambda arm: arm.memory.rss_peak_bytes if arm.memory else None)
+    figure("GPU used, peak (NVML)", lambda arm: arm.memory.device_used_peak_bytes if arm.memory else None)
+    text = (
+        "KV bytes are as predicted, per layer and head. Peaks are of live tensors, weights included, a fresh "
+        "process per arm; RSS and NVML are of that process and its device, shown for comparison."
+    )
+    return [*lines, *wrapped(Text(text, style="dim"), width)]
+
+
+def _bound(record: ProfileRecord, width: int) -> list[Text]:
+    bound = record.bound
+    if bound is None:
+        return []
+    lines = _rule("the bound: what a decoding step must read", width)
+    names = [name for name in (PRUNED, UNPRUNED, STOCK) if bound.kv_bytes_per_step.get(name) is not None]
+    lines.append(_row("", names, width, "bold"))
+
+    def figure(label: str, values: Sequence[str]) -> None:
+        lines.append(_row(label, list(values), width))
+
+    figure("weights", [format_bytes(bound.weight_bytes)] * len(names))
+    figure("cache", [format_bytes(bound.kv_bytes_per_step[name]) for name in names])
+    figure("cache, share of step", [format_percent(bound.kv_share_of_step[name]) for name in names])
+    figure("least time of a step", [format_seconds(bound.ideal_step_s[name]) for name in names])
+    figure("share attained", [format_percent(bound.attained[name]) for name in names])
+    fit_in = [bound.capacity.get(name) for name in names]
+    figure("such prompts that fit", [format_count(one.prompts if one else None) for one in fit_in])
+    figure("such images that fit", [format_count(one.images if one else None) for one in fit_in])
+    facts = (
+        f"ideal decode ratio {_three(bound.ideal_decode_ratio)}; this device reads "
+        f"{format_bytes(bound.bandwidth_bytes_per_s)}/s and does "
+        f"{format_number(None if bound.operations_per_s is None else bound.operations_per_s / 1e9, 1)} "
+        f"GFLOP/s as measured; its memory: {format_bytes(bound.device_memory_bytes)}. "
+        f"Pruning has repaid its own cost: {repaid(record)}."
+    )
+    lines += wrapped(Text(facts), width)
+    return [*lines, *_batches(record, width)]
+
+
+def _batches(record: ProfileRecord, width: int) -> list[Text]:
+    table = record.bound.table if record.bound is not None else ()
+    if not table:
+        return []
+    gains = list(table[0].reached_at_tokens)
+    lines = [Text("ideal gain, batch size against context; where it passes a gain:", style="dim")]
+    cells = [*(f"{_context(int(c))} tok" for c in table[0].ideal_decode_ratio), *(f"{g}x at" for g in gains)]
+    # Eight columns of eight cells and the batch: 72.
+    lines.append(Text("batch".rjust(6) + "".join(cell.rjust(9) for cell in cells), style="bold"))
+    for row in table:
+        values = [format_ratio(value) for value in row.ideal_decode_ratio.values()]
+        values += ["never" if at is None else _context(at) for at in row.reached_at_tokens.values()]
+        lines.append(Text(str(row.batch).rjust(6) + "".join(value.rjust(9) for value in values)))
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _quality(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
+    quality, texts = record.quality, record.quality.texts
+    lines: list[Text] = []
+    if quality.kl_mean is not None:
+        lines = _rule("quality along the unpruned answer", width)
+        both = [format_number(quality.perplexity.get(arm), 3) for arm in (PRUNED, UNPRUNED)]
+        divergence = quality.first_divergence
+        rows = [
+            ("KL, nats a token", f"mean {quality.kl_mean:.4f}, p95 {format_number(quality.kl_p95, 4)}, "
+             f"max {format_number(quality.kl_max, 4)}"),
+            ("top-1 agreement", format_percent(quality.top1_agreement)),
+            ("first divergence", "none" if divergence is None else f"token {divergence}"),
+            ("perplexity", f"{both[0]} pruned, {both[1]} unpruned"),
+        ]
+        for label, values in (("exact match", quality.exact_match), ("tokens 2.. right", quality.answer_token_accuracy)):
+            if values.get(PRUNED) is not None:
+                shown = [format_percent(values.get(arm)) for arm in (PRUNED, UNPRUNED)]
+                rows.append((label, f"{shown[0]} pruned, {shown[1]} unpruned"))
+        lines += [line for label, text in rows for line in _pair(label, text, width)]
+    if texts.pruned is None:
+        return lines
+    which = "" if len(record.prompts) == 1 else ", of the prompt with the largest KL"
+    if texts.unpruned is None or texts.unpruned == texts.pruned:
+        same = "pruned" if texts.unpruned is None else "pruned and unpruned: the same text"
+        return [*lines, *_rule(same + which, width), *wrapped(_answer(texts.pruned), width)]
+    first, second = word_diff(texts.pruned, texts.unpruned)
+    how = Text("differences so", DIFFERENT_STYLE) if colour else Text("differences [[so]]")
+    lines += [*_rule("pruned" + which, width), *wrapped(marked(first, colour), width)]
+    return [*lines, *_rule("unpruned", width, how), *wrapped(marked(second, colour), width)]
+
+
+def _prompts(record: ProfileRecord, width: int) -> list[Text]:
+    if len(record.prompts) < 2:
+        return []
+    lines = _rule(f"over {len(record.prompts)} prompts", width)
+    for name, arm in record.totals.items():
+        text = f"end to end {format_seconds(arm.get('end_to_end_s'))}, KV held {format_bytes(arm.get('kv_bytes_held'))}"
+        lines += _pair(f"total, {name}", text, width)
+    for name, five in record.spread.items():
+        text = (
+            f"{five.minimum:.3f} to {five.maximum:.3f}, middle half {five.quartile_1:.3f} to "
+            f"{five.quartile_3:.3f}"
+        )
+        lines += _pair(f"spread, {name}", text, width)
+    for name, worst in record.worst.items():
+        for index in worst:
+            prompt = next(one for one in record.prompts if one.index == index)
+            value = prompt.quality.kl_mean if name == "kl" else getattr(prompt.ratios["decode"], "median", None)
+            text = f"{format_number(value, 4)}  {' '.join(visible(prompt.prompt).split())}"
+            lines.append(_cut(_pair(f"worst {name}, #{index + 1}", text, 10_000)[0], width))
+    return lines
+
+
+def _layers(record: ProfileRecord, width: int) -> list[Text]:
+    if not record.layers:
+        return []
+    lines = _rule("where the attention goes, layer by layer", width)
+    counts = {prompt.vision_tokens for prompt in record.prompts}
+    vision = counts.pop() if len(counts) == 1 else None
+    lines += layer_lines([_as_record(layer) for layer in record.layers], vision, width)
+    overlaps = [layer.head_overlap for layer in record.layers if layer.head_overlap is not None]
+    shares = [layer.image_shares for layer in record.layers if layer.image_shares]
+    if overlaps:
+        mean = sum(overlaps) / len(overlaps)
+        text = f"heads of a layer keep overlapping tokens: mean Jaccard {mean:.2f} ({min(overlaps):.2f} to {max(overlaps):.2f})"
+        lines += wrapped(Text(text), width)
+    if shares:
+        means = [sum(column) / len(column) for column in zip(*shares, strict=True)]
+        text = "kept per image: " + ", ".join(
+            f"image {number} {format_percent(share, 0)}" for number, share in enumerate(means, 1)
+        )
+        lines += wrapped(Text(text), width)
+    return lines
+
+
+def _as_record(layer: LayerProfile) -> LayerRecord:
+    def whole(value: float | None) -> int | None:
+        return None if finite(value) is None else round(value or 0)
+
+    return LayerRecord(
+        layer.index,
+        layer.gamma,
+        layer.group,
+        layer.rate,
+        whole(layer.vision_tokens_kept),
+        whole(layer.kv_bytes_held),
+        whole(layer.kv_bytes_held_per_head),
+        whole(layer.kv_bytes_full),
+    )
+
+
+def _context(tokens: int) -> str:
+    return f"{tokens / 1024:.0f}k" if tokens >= 10 * 1024 or tokens in (1024, 4096) else format_count(tokens)
+
+
+def _three(value: float | None) -> str:
+    return NOT_AVAILABLE if value is None else f"{value:.3f}x"
+
+
+def _answer(text: str) -> Text:
+    return Text(visible(text)) if text else Text("(no text)", style="dim")
+
+
+def _pair(label: str, text: str, width: int) -> list[Text]:
+    lines = wrapped(Text(text), max(width - _LABEL, 20))
+    starts = [Text(label, style="dim")] + [Text()] * (len(lines) - 1)
+    joined = []
+    for start, line in zip(starts, lines, strict=True):
+        whole = fit(start, _LABEL)
+        whole.append_text(line)
+        joined.append(whole)
+    return joined
+
+
+def _row(label: str, values: list[str], width: int, style: str = "") -> Text:
+    line = fit(Text(label, style="" if style else "dim"), _LABEL)
+    for value in values:
+        line.append(value.rjust(_VALUE), style)
+    line.rstrip()
+    return _cut(line, width)
+
+
+def _cut(line: Text, width: int) -> Text:
+    line.truncate(width, overflow="ellipsis")
+    return line
+
+
+def _rule(title: str, width: int, note: Text | None = None) -> list[Text]:
+    line = Text(f"── {title} ", style="bold")
+    room = width - line.cell_len - (0 if note is None else note.cell_len + 1)
+    line.append("─" * max(room, 0))
+    if note is not None and room >= 0:
+        line.append(" ")
+        line.append_text(note)
+    return [Text(), _cut(line, width)]
