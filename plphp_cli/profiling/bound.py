@@ -96,9 +96,7 @@ def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
         weight_bytes=load.weight_bytes,
         kv_bytes_per_step={arm: None if cache[arm] is None else round(cache[arm] or 0) for arm in arms},
         operations_per_step={arm: _operations(load, cache[arm], arm) for arm in arms},
-        kv_share_of_step={
-            arm: (cache[arm] or 0) / sizes[arm] if sizes.get(arm) else None for arm in arms
-        },
+        kv_share_of_step={arm: (cache[arm] or 0) / sizes[arm] if sizes.get(arm) else None for arm in arms},
         ideal_decode_ratio=ideal,
         ideal_decode_ratio_by_bytes=by_bytes,
         bandwidth_bytes_per_s=limits.bandwidth_bytes_per_s,
@@ -200,7 +198,9 @@ def expectation(
     """Whether a speed-up is to be expected here, in plain words."""
     whole = cache.get(UNPRUNED) or 0.0
     share = format_percent(whole / (load.weight_bytes + whole) if whole else None)
-    reads = f"the cache is {share} of the {format_bytes(load.weight_bytes + whole)} that an unpruned step reads"
+    reads = (
+        f"the cache is {share} of the {format_bytes(load.weight_bytes + whole)} that an unpruned step reads"
+    )
     if ideal is None:
         return "Whether a speed-up is to be expected cannot be told: nothing was cut."
     if ideal < 1 + THRESHOLD:
@@ -210,7 +210,9 @@ def expectation(
             f"Hardly any speed-up is to be expected: {reads}, for an ideal gain of {ideal:.2f}x, but most of "
             f"a measured step goes to other things than reading, which leaves {expected:.3f}x."
         )
-    tail = "" if expected is None else f", {expected:.2f}x if all that it saves is saved from the measured step"
+    tail = (
+        "" if expected is None else f", {expected:.2f}x if all that it saves is saved from the measured step"
+    )
     return f"A speed-up is to be expected: {reads}, for an ideal gain of {ideal:.2f}x{tail}."
 
 
@@ -254,5 +256,9 @@ def _failed_assumption(
     if any(share is not None and share > 1 for share in attained.values()):
         return "the bandwidth measured is the most that can be read: a step reads faster, partly from caches"
     if limits.cpu:
-        return "attention reads at full bandwidth: on this CPU it is bound by arithmetic, which pruning also saves"
-    return "attention reads at full bandwidth: its kernel is slower than that, so cutting the cache saves more"
+        return (
+            "attention reads at full bandwidth: on a CPU it is bound by arithmetic, which pruning saves too"
+        )
+    return (
+        "attention reads at full bandwidth: its kernel is slower than that, so cutting the cache saves more"
+    )

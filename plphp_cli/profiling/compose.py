@@ -1,4 +1,4 @@
-"""From what was measured of each prompt to the record: medians per prompt, then sums and means over prompts."""
+"""From what was measured of each prompt to the record: medians per prompt, then sums over prompts."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -127,7 +127,11 @@ def _arm(request: ProfileRequest, states: Sequence[PromptState], arm: str) -> Ar
     decoded = [state for state in states if state.decodes.get(arm)]
     steps = [s for state in decoded for sample in state.decodes[arm] for s in sample.step_s]
     count = len(decoded[0].decodes[arm][0].step_s) if decoded else 0
-    times = {name: _mean_median(timed, lambda s, n=name: s.samples(arm, n)) for name in _TIMES}
+
+    def typical(name: str) -> float | None:
+        return _mean_median(timed, lambda state: state.samples(arm, name))
+
+    times = {name: typical(name) for name in _TIMES}
     pruning = states if arm == PRUNED else []
     long_enough = count >= MIN_DECODE_STEPS
     decode_s = times["decode_s"]

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,9 @@ def measure_fresh(job: FreshJob, done: Callable[[int], None] = lambda count: Non
         # A Ctrl-C on the terminal is for this process, which ends the other.
         start_new_session=True,
     ) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         try:
             process.stdin.write(json.dumps(payload))
             process.stdin.close()
@@ -139,9 +141,7 @@ def _measure(loaded: Any, job: FreshJob, example: FreshPrompt) -> FreshPeaks:
     with MemorySampler(loaded.device) as sampler:
         policy = job.config if job.arm == PRUNED else None
         peaks = measure_peaks(loaded, prompt, job.arm, policy, job.new_tokens)
-    return FreshPeaks(
-        peaks.prefill_bytes, peaks.prefill_decoder_bytes, peaks.decode_bytes, sampler.record()
-    )
+    return FreshPeaks(peaks.prefill_bytes, peaks.prefill_decoder_bytes, peaks.decode_bytes, sampler.record())
 
 
 if __name__ == "__main__":

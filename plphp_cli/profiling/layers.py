@@ -41,7 +41,7 @@ def image_shares(kept: Tensor, vision: Tensor, spans: Sequence[Span] | None) -> 
 def check_bytes(
     state: SequenceState, room: int, config: PLPHPConfig | None, arm: str
 ) -> tuple[int, int, int, int]:
-    """Bytes held and allocated, real and by arithmetic: (held, allocated, held predicted, allocated predicted).
+    """Bytes (held, allocated, held by arithmetic, allocated by arithmetic) of a prompt's cache.
 
     Raises:
         PLPHPError: they differ in a layer: a fault of the tool.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def buffer_bytes(device: torch.device, cache_bytes: int | None) -> int:
-    """Size of the buffer to read: 1 GiB, or 4 x the last-level cache where that is less and 1 GiB does not fit.
+    """Size of the buffer to read: 1 GiB, or 4 x the last-level cache where only that fits.
 
     Raises:
         MemoryError: neither fits into half of the free memory.
@@ -87,7 +88,7 @@ def last_level_cache(device: torch.device) -> int | None:
     """Bytes of the last-level cache, or None."""
     if device.type == "cuda":
         return known(lambda: int(torch.cuda.get_device_properties(device).L2_cache_size))
-    sizes = [known(lambda path=path: _cache_size(path)) for path in sorted(_CACHES.glob("index*/size"))]
+    sizes = [known(partial(_cache_size, path)) for path in sorted(_CACHES.glob("index*/size"))]
     return max((size for size in sizes if size is not None), default=None)
 
 

@@ -114,7 +114,7 @@ def measure_peaks(
     policy: PLPHPConfig | Policy | None,
     new_tokens: int,
 ) -> Peaks:
-    """Peaks of one prompt in one arm; `stock` is plain `generate`, all others the tool's path with `policy`."""
+    """Peaks of one prompt in one arm; `stock` is plain `generate`, others the path with `policy`."""
     model = loaded.model
     meter = Meter(loaded.device, [*model.parameters(), *model.buffers(), *prompt.inputs.values()])
     before = [0]

@@ -1,10 +1,11 @@
-"""The work of `plphp profile`, in the order in which it is done; what is known at any moment can be recorded."""
+"""The work of `plphp profile`, in its order; what is known at any moment can be recorded."""
 
 import dataclasses
 import gc
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ class ProfileSession:
         self._environment["busy_share_before"] = share
         if share is not None and share > BUSY:
             self._warnings.append(
-                f"the machine was busy: others used {share:.0%} of the CPU before the start; times may not hold"
+                f"the machine was busy: others used {share:.0%} of the CPU at the start; times may not hold"
             )
 
     def _stage(self, state: PromptState, text: str) -> str:
@@ -175,16 +176,14 @@ class ProfileSession:
         state.answers = answers = Answers(answer=question.answer)
         for arm in request.arms:
             with self._pace.piece("answer", self._stage(state, f"{arm} arm, its answer")):
-                self._guarded(state, arm, lambda arm=arm: self._answer(state, arm))
+                self._guarded(state, arm, partial(self._answer, state, arm))
             self._check()
         with self._pace.piece("judge", self._stage(state, "where the attention goes")):
             self._guarded(state, PRUNED, lambda: self._map_layers(state))
         self._check()
         with self._pace.piece("judge", self._stage(state, "quality, teacher-forced")):
             if {PRUNED, UNPRUNED} <= set(request.arms) - state.failed.keys() and answers.ids:
-                self._guarded(
-                    state, None, lambda: judge(loaded, _of(state), request.config, answers)
-                )
+                self._guarded(state, None, lambda: judge(loaded, _of(state), request.config, answers))
         self._check()
 
     def _answer(self, state: PromptState, arm: str) -> None:
@@ -270,7 +269,8 @@ class ProfileSession:
             # Its storages have no room to spare; concatenation grows them as tokens come.
             held = arm.held_bytes or 0
             return KVBytes(held, held)
-        assert isinstance(arm, PathArm) and arm.prefilled is not None
+        assert isinstance(arm, PathArm)
+        assert arm.prefilled is not None
         config = self._request.config if name == PRUNED else None
         return KVBytes(*check_bytes(arm.prefilled.state, self._request.max_new_tokens, config, name))
 
@@ -283,9 +283,7 @@ class ProfileSession:
     def _time_pruning(self, state: PromptState, timer: Timer) -> None:
         request, loaded = self._request, self._loaded
         assert loaded is not None
-        prune_s, prefill_s = time_pruning(
-            loaded, _of(state), request.config, request.max_new_tokens, timer
-        )
+        prune_s, prefill_s = time_pruning(loaded, _of(state), request.config, request.max_new_tokens, timer)
         state.prune_s.append(prune_s)
         if prefill_s > 0:
             state.prune_shares.append(prune_s / prefill_s)

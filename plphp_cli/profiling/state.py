@@ -84,8 +84,7 @@ class PromptState:
         if figure == "decode_s":
             return decode
         ttft = [
-            before + sample.first_token_s
-            for before, sample in zip(self.preprocess_s, prefills, strict=False)
+            before + sample.first_token_s for before, sample in zip(self.preprocess_s, prefills, strict=False)
         ]
         if figure == "ttft_s":
             return ttft

@@ -1,7 +1,8 @@
 """Medians, percentiles, paired bootstrap intervals, and what may be called a difference. Seeded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,14 +85,15 @@ def compare(
         outside = not control_low <= middle <= control_high
         verdict = (FASTER if middle > 0 else SLOWER) if certain and large and outside else NO_DIFFERENCE
         control_low, control_high = float(np.exp(control_low)), float(np.exp(control_high))
-    values = np.exp([middle, low, high])
-    return Comparison(tuple(np.exp(logs).tolist()), *map(float, values), control_low, control_high, verdict)
+    ratios = tuple(np.exp(logs).tolist())
+    middle, low, high = (float(value) for value in np.exp([middle, low, high]))
+    return Comparison(ratios, middle, low, high, control_low, control_high, verdict)
 
 
-def _interval(logs: "np.ndarray", statistic: "object", seed: int) -> tuple[float, float]:
+def _interval(logs: Any, statistic: Callable[..., Any], seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of paired log ratios."""
     draws = np.random.default_rng(seed).integers(0, len(logs), (RESAMPLES, len(logs)))
-    values = statistic(logs[draws], axis=-1)  # type: ignore[operator]
+    values = statistic(logs[draws], axis=-1)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -250,10 +251,12 @@ def _without_text(loaded: "LoadedModel") -> Any:
 
 
 def _sample(elapsed_s: list[float], token_ids: list[int]) -> DecodeSample:
-    steps = tuple(later - earlier for earlier, later in zip(elapsed_s, elapsed_s[1:], strict=False))
+    steps = tuple(later - earlier for earlier, later in pairwise(elapsed_s))
     return DecodeSample(steps, tuple(token_ids))
 
 
 def _cache_bytes(cache: Any) -> int:
-    tensors = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    tensors = [
+        t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

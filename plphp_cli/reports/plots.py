@@ -9,7 +9,7 @@ from plphp_cli.units import format_bytes, format_percent
 COLOURS = {PRUNED: "#1b7f5c", UNPRUNED: "#7a6a9b", STOCK: "#b5742a"}
 # Narrow on purpose: the page shows two beside each other on a desk and one on a phone, letters legible.
 _WIDTH = 5.2
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",

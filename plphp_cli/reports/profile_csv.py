@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from plphp_cli.profiling.records import ProfileRecord, PromptProfile, SampleRecord
 
@@ -65,7 +65,14 @@ def _samples(arm: str, samples: SampleRecord) -> Iterator[Row]:
             yield {"arm": arm, "figure": name, "unit": "s", "repeat": repeat, "value": value}
     for repeat, steps in enumerate(samples.step_s, 1):
         for step, value in enumerate(steps, 2):
-            yield {"arm": arm, "figure": "step_s", "unit": "s", "repeat": repeat, "step": step, "value": value}
+            yield {
+                "arm": arm,
+                "figure": "step_s",
+                "unit": "s",
+                "repeat": repeat,
+                "step": step,
+                "value": value,
+            }
 
 
 def _layers(prompt: PromptProfile) -> Iterator[Row]:
@@ -96,7 +103,7 @@ def _bound(record: ProfileRecord) -> Iterator[Row]:
     for name, (unit, value) in whole.items():
         if value is not None:
             yield {"figure": name, "unit": unit, "value": value}
-    by_arm = {
+    by_arm: dict[str, tuple[str, Mapping[str, float | None]]] = {
         "bound_kv_bytes_per_step": ("bytes", bound.kv_bytes_per_step),
         "bound_ideal_step_s": ("s", bound.ideal_step_s),
         "bound_attained": ("1", bound.attained),

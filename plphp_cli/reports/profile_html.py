@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
 
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.reports.diff import Piece, word_diff
@@ -20,29 +21,8 @@ from plphp_cli.units import (
     format_seconds,
 )
 
-_CSS = """
-:root { color-scheme: light; --ink: #1f2937; --soft: #5b6472; --line: #e2e6ea; --accent: #1b7f5c; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 1.5rem 1rem 3rem; background: #fff; color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-.soft { color: var(--soft); font-size: .9rem; } .fault { background: #fde8e8; padding: .6rem .8rem; }
-.lead { font-size: 1.1rem; font-weight: 600; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; }
-.card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); font-size: .85rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; min-width: 14rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1rem; align-items: start; }
-.plots svg { width: 100%; height: auto; max-width: 560px; }
-.answer { white-space: pre-wrap; border-left: 3px solid var(--line); padding: .2rem .8rem; margin: .3rem 0 1rem; }
-mark { background: #ffe9a8; padding: 0 .1em; } .bar { background: #e7eaee; width: 7rem; height: .7rem; display: inline-block; }
-.bar i { display: block; height: 100%; background: var(--accent); }
-details { margin: .4rem 0; } summary { cursor: pointer; } pre { white-space: pre-wrap; font-size: .8rem; }
-"""
-
 Cells = Sequence[str]
+_NO_TEXT = '<span class="soft">(no text)</span>'
 
 
 def profile_html(record: ProfileRecord) -> str:
@@ -62,10 +42,14 @@ def profile_html(record: ProfileRecord) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>plphp profile: {_text(record.model)}</title><style>{_CSS}</style></head><body>\n"
+        f"<title>plphp profile: {_text(record.model)}</title><style>\n{_style()}</style></head><body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _style() -> str:
+    return (files("plphp_cli.reports") / "profile.css").read_text(encoding="utf-8")
 
 
 def _head(record: ProfileRecord) -> list[str]:
@@ -122,8 +106,8 @@ def _bound(record: ProfileRecord) -> list[str]:
     rate = None if bound.operations_per_s is None else bound.operations_per_s / 1e9
     facts = (
         f"Measured: this device reads {format_bytes(bound.bandwidth_bytes_per_s)}/s and does "
-        f"{format_number(rate, 1)} GFLOP/s; it has {format_bytes(bound.device_memory_bytes)} of memory. Pruning has "
-        f"repaid its own cost: {repaid(record)}."
+        f"{format_number(rate, 1)} GFLOP/s; it has {format_bytes(bound.device_memory_bytes)} of memory. "
+        f"Pruning has repaid its own cost: {repaid(record)}."
     )
     gains = list(bound.table[0].reached_at_tokens) if bound.table else []
     contexts = list(bound.table[0].ideal_decode_ratio) if bound.table else []
@@ -131,19 +115,24 @@ def _bound(record: ProfileRecord) -> list[str]:
         [
             str(row.batch),
             *(format_ratio(value) for value in row.ideal_decode_ratio.values()),
-            *("never" if at is None else format_count(at) for at in row.reached_at_tokens.values()),
+            *("never" if at is None else _tokens(at) for at in row.reached_at_tokens.values()),
         ]
         for row in bound.table
     ]
-    heads = ["batch", *(f"{format_count(int(c))} tokens" for c in contexts), *(f"passes {g}x at" for g in gains)]
+    heads = ["batch", *(f"{_tokens(int(c))} tokens" for c in contexts), *(f"{g}x from" for g in gains)]
+    lead = "Ideal decode ratio by batch size and context, and from which context it passes a gain:"
     return [
         "<h2>The bound: what a decoding step must read</h2>",
         f'<div class="plots"><div>{bound_bar(record) or ""}</div><div>',
         *_table(["", *names], rows),
         f'<p class="soft">{_text(facts)}</p></div></div>',
-        *(["<p>Ideal decode ratio by batch size and context, for prompts cut like these:</p>"] if batches else []),
+        *([f"<p>{lead}</p>"] if batches else []),
         *(_table(heads, batches) if batches else []),
     ]
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}k" if count % 1024 == 0 else format_count(count)
 
 
 def _count(record: ProfileRecord, name: str, what: str) -> str:
@@ -161,7 +150,9 @@ def _times(record: ProfileRecord) -> list[str]:
         "TTFT": "ttft_s",
         "end to end": "end_to_end_s",
     }
-    rows = [[label, *(format_seconds(getattr(arm, name)) for _, arm in arms)] for label, name in figures.items()]
+    rows = [
+        [label, *(format_seconds(getattr(arm, name)) for _, arm in arms)] for label, name in figures.items()
+    ]
     rows.append(["decode", *(format_rate(arm.decode_tokens_per_s) for _, arm in arms)])
     for share in ("p50", "p90", "p99"):
         values = (format_seconds(getattr(arm.tpot_s, share) if arm.tpot_s else None) for _, arm in arms)
@@ -186,7 +177,9 @@ def _ratios(record: ProfileRecord) -> list[str]:
             f"{name}: {ratio.numerator} / {ratio.denominator}",
             format_ratio(ratio.median),
             f"{ratio.low:.3f} to {ratio.high:.3f}",
-            NOT_AVAILABLE if ratio.control_low is None else f"{ratio.control_low:.3f} to {ratio.control_high:.3f}",
+            NOT_AVAILABLE
+            if ratio.control_low is None
+            else f"{ratio.control_low:.3f} to {ratio.control_high:.3f}",
             ratio.verdict or "",
         ]
         for name, ratio in record.ratios.items()
@@ -195,8 +188,8 @@ def _ratios(record: ProfileRecord) -> list[str]:
     if not rows:
         return []
     note = (
-        "Above 1 favours pruning, but for kv. A difference is called only if the interval excludes 1, the median "
-        "is more than 2 % from 1 and lies outside the A/A interval, that of identical arms."
+        "Above 1 favours pruning, but for kv. A difference is called only if the interval excludes 1, the "
+        "median is more than 2 % from 1 and lies outside the A/A interval, that of identical arms."
     )
     heads = ["ratio", "median", "95 % interval", "A/A interval", "verdict"]
     return ["<h2>Ratios of paired samples</h2>", *_table(heads, rows), f'<p class="soft">{note}</p>']
@@ -210,13 +203,20 @@ def _memory(record: ProfileRecord) -> list[str]:
         "KV cache allocated": "kv_bytes_allocated",
         "KV cache allocated, predicted": "kv_bytes_allocated_predicted",
         "peak of live tensors, prefill": "peak_prefill_bytes",
-        "while the decoder ran": "peak_prefill_decoder_bytes",
+        "  of it while the decoder ran": "peak_prefill_decoder_bytes",
         "peak of live tensors, decoding": "peak_decode_bytes",
     }
-    rows = [[label, *(format_bytes(getattr(arm, name)) for _, arm in arms)] for label, name in figures.items()]
-    shown = {"resident size, peak (shown only)": "rss_peak_bytes", "device used, peak, NVML (shown only)": "device_used_peak_bytes"}
+    rows = [
+        [label, *(format_bytes(getattr(arm, name)) for _, arm in arms)] for label, name in figures.items()
+    ]
+    shown = {
+        "resident size, peak (shown only)": "rss_peak_bytes",
+        "device used, peak, NVML (shown only)": "device_used_peak_bytes",
+    }
     for label, name in shown.items():
-        rows.append([label, *(format_bytes(getattr(arm.memory, name) if arm.memory else None) for _, arm in arms)])
+        rows.append(
+            [label, *(format_bytes(getattr(arm.memory, name) if arm.memory else None) for _, arm in arms)]
+        )
     return ["<h2>Memory</h2>", *_table(["", *(name for name, _ in arms)], rows)]
 
 
@@ -246,9 +246,11 @@ def _quality(record: ProfileRecord) -> list[str]:
     first, second = word_diff(texts.pruned, texts.unpruned if texts.unpruned is not None else texts.pruned)
     if len(record.prompts) > 1:
         parts.append('<p class="soft">The texts of the prompt with the largest KL:</p>')
-    parts.append(f'<div class="soft">pruned</div><div class="answer">{_marked(first)}</div>')
+    parts.append(f'<div class="soft">pruned</div><div class="answer">{_marked(first) or _NO_TEXT}</div>')
     if texts.unpruned is not None:
-        parts.append(f'<div class="soft">unpruned</div><div class="answer">{_marked(second)}</div>')
+        parts.append(
+            f'<div class="soft">unpruned</div><div class="answer">{_marked(second) or _NO_TEXT}</div>'
+        )
     if texts.answer is not None:
         parts.append(f'<div class="soft">expected</div><div class="answer">{_text(texts.answer)}</div>')
     return parts
@@ -272,7 +274,18 @@ def _layers(record: ProfileRecord) -> list[str]:
         ]
         for layer in record.layers
     ]
-    heads = ["layer", "gamma", "group", "rate", "kept", "KV held", "per head", "uncut", "overlap", "per image"]
+    heads = [
+        "layer",
+        "gamma",
+        "group",
+        "rate",
+        "kept",
+        "KV held",
+        "per head",
+        "uncut",
+        "overlap",
+        "per image",
+    ]
     maps = (
         head_map(record, "gamma", "attention given to vision tokens (gamma by head)"),
         head_map(record, "attention_kept", "share of that attention on tokens kept"),
@@ -283,8 +296,8 @@ def _layers(record: ProfileRecord) -> list[str]:
         *(f"<div>{svg}</div>" for svg in maps if svg is not None),
         "</div>",
         *_table(heads, rows, raw=(1,)),
-        '<p class="soft">kept: vision tokens per KV head; overlap: mean Jaccard of what two heads of the layer '
-        "keep; per image: share of its vision tokens kept.</p>",
+        '<p class="soft">kept: vision tokens per KV head; overlap: mean Jaccard of what two heads of the '
+        "layer keep; per image: share of its vision tokens kept.</p>",
     ]
 
 
@@ -336,7 +349,7 @@ def _table(heads: Cells, rows: Sequence[Cells], raw: tuple[int, ...] = ()) -> li
 
     def row(cells: Cells) -> str:
         shown = (
-            f'<td{" class=text" if place in raw and heads[place] == "prompt" else ""}>'
+            f"<td{' class=text' if place in raw and heads[place] == 'prompt' else ''}>"
             f"{cell if place in raw else _text(cell)}</td>"
             for place, cell in enumerate(cells)
         )
@@ -353,7 +366,9 @@ def _bar(gamma: float | None) -> str:
 
 
 def _marked(pieces: Sequence[Piece]) -> str:
-    return "".join(_text(piece.text) if piece.same else f"<mark>{_text(piece.text)}</mark>" for piece in pieces)
+    return "".join(
+        _text(piece.text) if piece.same else f"<mark>{_text(piece.text)}</mark>" for piece in pieces
+    )
 
 
 def _text(text: str) -> str:

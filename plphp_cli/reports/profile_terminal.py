@@ -1,4 +1,4 @@
-"""What `plphp profile` prints: a headline, the arms side by side, the bound, quality, where attention goes."""
+"""What `plphp profile` prints: headline, arms side by side, bound, quality, where attention goes."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,6 +14,7 @@ from plphp_cli.profiling.records import (
     ArmProfile,
     LayerProfile,
     ProfileRecord,
+    ratio,
 )
 from plphp_cli.reports.diff import DIFFERENT_STYLE, marked, word_diff
 from plphp_cli.reports.layers import layer_lines
@@ -67,7 +68,10 @@ def profile_report(record: ProfileRecord, width: int, colour: bool) -> list[Text
     lines += _layers(record, width)
     notes = remarks(record)
     if notes:
-        lines += [Text(), *(line for note in notes for line in wrapped(Text(f"note: {visible(note)}"), width))]
+        lines += [
+            Text(),
+            *(line for note in notes for line in wrapped(Text(f"note: {visible(note)}"), width)),
+        ]
     return lines
 
 
@@ -100,20 +104,20 @@ def _times(record: ProfileRecord, width: int) -> list[Text]:
 
 def _differences(record: ProfileRecord, width: int) -> list[Text]:
     """Paired ratios, each with its interval and that of identical arms."""
-    if not any(ratio is not None for ratio in record.ratios.values()):
+    if not any(found is not None for found in record.ratios.values()):
         return []
     lines = _rule("ratios, unpruned / pruned: above 1 favours pruning", width)
     heading = ("", "median", "95 % interval", "A/A interval", "verdict")
     lines.append(_cut(_ratio_row(heading, "bold"), width))
-    for name, ratio in record.ratios.items():
+    for name, found in record.ratios.items():
         label = _RATIO_LABELS.get(name, name)
-        if ratio is None:
+        if found is None:
             lines.append(_cut(_ratio_row((label, NOT_AVAILABLE, "", "", "")), width))
             continue
-        low_high = "" if name == "kv" else f"{ratio.low:.3f} to {ratio.high:.3f}"
-        same = "" if ratio.control_low is None else f"{ratio.control_low:.3f} to {ratio.control_high:.3f}"
-        verdict = _VERDICTS.get(ratio.verdict or "", "" if name == "kv" else "too few pairs")
-        lines.append(_cut(_ratio_row((label, format_ratio(ratio.median), low_high, same, verdict)), width))
+        low_high = "" if name == "kv" else f"{found.low:.3f} to {found.high:.3f}"
+        same = "" if found.control_low is None else f"{found.control_low:.3f} to {found.control_high:.3f}"
+        verdict = _VERDICTS.get(found.verdict or "", "" if name == "kv" else "too few pairs")
+        lines.append(_cut(_ratio_row((label, format_ratio(found.median), low_high, same, verdict)), width))
     return lines
 
 
@@ -202,13 +206,19 @@ def _quality(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
         both = [format_number(quality.perplexity.get(arm), 3) for arm in (PRUNED, UNPRUNED)]
         divergence = quality.first_divergence
         rows = [
-            ("KL, nats a token", f"mean {quality.kl_mean:.4f}, p95 {format_number(quality.kl_p95, 4)}, "
-             f"max {format_number(quality.kl_max, 4)}"),
+            (
+                "KL, nats a token",
+                f"mean {quality.kl_mean:.4f}, p95 {format_number(quality.kl_p95, 4)}, "
+                f"max {format_number(quality.kl_max, 4)}",
+            ),
             ("top-1 agreement", format_percent(quality.top1_agreement)),
             ("first divergence", "none" if divergence is None else f"token {divergence}"),
             ("perplexity", f"{both[0]} pruned, {both[1]} unpruned"),
         ]
-        for label, values in (("exact match", quality.exact_match), ("tokens 2.. right", quality.answer_token_accuracy)):
+        for label, values in (
+            ("exact match", quality.exact_match),
+            ("tokens 2.. right", quality.answer_token_accuracy),
+        ):
             if values.get(PRUNED) is not None:
                 shown = [format_percent(values.get(arm)) for arm in (PRUNED, UNPRUNED)]
                 rows.append((label, f"{shown[0]} pruned, {shown[1]} unpruned"))
@@ -230,7 +240,8 @@ def _prompts(record: ProfileRecord, width: int) -> list[Text]:
         return []
     lines = _rule(f"over {len(record.prompts)} prompts", width)
     for name, arm in record.totals.items():
-        text = f"end to end {format_seconds(arm.get('end_to_end_s'))}, KV held {format_bytes(arm.get('kv_bytes_held'))}"
+        seconds, held = format_seconds(arm.get("end_to_end_s")), format_bytes(arm.get("kv_bytes_held"))
+        text = f"end to end {seconds}, KV held {held}"
         lines += _pair(f"total, {name}", text, width)
     for name, five in record.spread.items():
         text = (
@@ -241,7 +252,7 @@ def _prompts(record: ProfileRecord, width: int) -> list[Text]:
     for name, worst in record.worst.items():
         for index in worst:
             prompt = next(one for one in record.prompts if one.index == index)
-            value = prompt.quality.kl_mean if name == "kl" else getattr(prompt.ratios["decode"], "median", None)
+            value = prompt.quality.kl_mean if name == "kl" else ratio(prompt.ratios, "decode")
             text = f"{format_number(value, 4)}  {' '.join(visible(prompt.prompt).split())}"
             lines.append(_cut(_pair(f"worst {name}, #{index + 1}", text, 10_000)[0], width))
     return lines
@@ -258,7 +269,8 @@ def _layers(record: ProfileRecord, width: int) -> list[Text]:
     shares = [layer.image_shares for layer in record.layers if layer.image_shares]
     if overlaps:
         mean = sum(overlaps) / len(overlaps)
-        text = f"heads of a layer keep overlapping tokens: mean Jaccard {mean:.2f} ({min(overlaps):.2f} to {max(overlaps):.2f})"
+        between = f"({min(overlaps):.2f} to {max(overlaps):.2f})"
+        text = f"overlap of what the heads of a layer keep, mean Jaccard: {mean:.2f} {between}"
         lines += wrapped(Text(text), width)
     if shares:
         means = [sum(column) / len(column) for column in zip(*shares, strict=True)]

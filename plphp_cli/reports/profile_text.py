@@ -107,7 +107,9 @@ def _speed(record: ProfileRecord) -> str:
     decode = record.ratios.get("decode")
     if decode is None:
         return "Decode speed could not be compared."
-    interval = f"{format_ratio(decode.median)}, interval {format_ratio(decode.low)} to {format_ratio(decode.high)}"
+    interval = (
+        f"{format_ratio(decode.median)}, interval {format_ratio(decode.low)} to {format_ratio(decode.high)}"
+    )
     if decode.verdict is None:
         return f"Decoding at {interval} the unpruned speed: too few pairs for a verdict."
     if decode.verdict == NO_DIFFERENCE:
