@@ -91,6 +91,7 @@ def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
     }
     expected = _expected(known_steps, measured.tpot_s)
     beaten = _beaten(measured.decode, ideal)
+    failed = beaten is not None or any((share or 0) > 1 for share in attained.values())
     arms = (PRUNED, UNPRUNED, STOCK)
     return BoundRecord(
         weight_bytes=load.weight_bytes,
@@ -105,7 +106,7 @@ def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
         attained={arm: attained.get(arm) for arm in arms},
         expected_decode_ratio=expected,
         beaten_by=beaten,
-        failed_assumption=None if beaten is None else _failed_assumption(load, limits, attained, sizes),
+        failed_assumption=_failed_assumption(load, limits, attained, sizes) if failed else None,
         speed_up_expected=expectation(ideal, expected, load, cache),
         repaid_after_tokens=repaid_after(measured),
         device_memory_bytes=limits.memory_bytes,
@@ -239,7 +240,7 @@ def _expected(steps: Mapping[str, float], tpot_s: Mapping[str, float | None]) ->
 
 def _beaten(decode: RatioProfile | None, ideal: float | None) -> float | None:
     """The measured ratio if its whole interval lies beyond the bound."""
-    if decode is None or ideal is None or decode.verdict is None:
+    if decode is None or ideal is None or decode.verdict != FASTER:
         return None
     return decode.median if decode.low > ideal * (1 + THRESHOLD) else None
 

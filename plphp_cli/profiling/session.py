@@ -53,7 +53,10 @@ class ProfileSession:
     ) -> None:
         self._request, self._check, self._clock = request, check, clock
         self._slots = slots(request.arms)
-        self.states = [PromptState(index, question) for index, question in enumerate(request.questions)]
+        self.states = [
+            PromptState(index, question, one_token=request.max_new_tokens == 1)
+            for index, question in enumerate(request.questions)
+        ]
         self._pace = Pace(self._plan(), progress)
         self._loaded: LoadedModel | None = None
         self._figures: ModelFigures | None = None

@@ -58,10 +58,14 @@ class KVBytes:
 
 @dataclass
 class PromptState:
-    """One prompt under measurement. Times by slot: an arm, or the A/A control."""
+    """One prompt under measurement. Times by slot: an arm, or the A/A control.
+
+    `one_token` says that a single new token is made, so that nothing is decoded.
+    """
 
     index: int
     question: Question
+    one_token: bool = False
     prompt: "Prompt | None" = None
     answers: "Answers | None" = None
     layers: tuple[LayerProfile, ...] = ()
@@ -89,8 +93,7 @@ class PromptState:
         if figure == "ttft_s":
             return ttft
         # One new token has no steps: its end is its first token.
-        single = bool(decodes) and not decodes[0].step_s
-        return ttft if single else [one + two for one, two in zip(ttft, decode, strict=False)]
+        return ttft if self.one_token else [one + two for one, two in zip(ttft, decode, strict=False)]
 
 
 @dataclass(frozen=True)

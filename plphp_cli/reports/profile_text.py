@@ -6,6 +6,7 @@ from plphp_cli.profiling.records import (
     NO_DIFFERENCE,
     PRUNED,
     UNPRUNED,
+    BoundRecord,
     ProfileRecord,
     RatioProfile,
 )
@@ -23,10 +24,7 @@ def headline(record: ProfileRecord) -> list[str]:
     if record.bound is not None:
         sentences.append(record.bound.speed_up_expected)
         if record.bound.failed_assumption is not None:
-            sentences.append(
-                f"The decode ratio measured, {format_ratio(record.bound.beaten_by)}, beats the bound. The "
-                f"assumption that failed: {record.bound.failed_assumption}."
-            )
+            sentences.append(_beaten(record.bound))
     sentences.append(_quality(record))
     return [sentence for sentence in sentences if sentence]
 
@@ -84,6 +82,13 @@ def repaid(record: ProfileRecord) -> str:
     if bound.repaid_after_tokens is None:
         return "never here: no time per token is measurably saved"
     return f"from {format_count(bound.repaid_after_tokens)} new tokens on"
+
+
+def _beaten(bound: BoundRecord) -> str:
+    what = "A measured step takes less time than the bound allows."
+    if bound.beaten_by is not None:
+        what = f"The decode ratio measured, {format_ratio(bound.beaten_by)}, beats the bound."
+    return f"{what} The assumption that failed: {bound.failed_assumption}."
 
 
 def _memory(record: ProfileRecord) -> str:
