@@ -74,7 +74,7 @@ def profiled(asked, clock=None, before=None):
 
 
 class Costs:
-    """A clock that moves only when the model runs: by what prefill, a step, and a step per held token cost."""
+    """A clock that moves only when the model runs, by what prefill and a step cost."""
 
     def __init__(self, prefill=0.0, step=0.0, unpruned_step=None):
         self.now = 0.0

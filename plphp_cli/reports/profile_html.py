@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord, RatioProfile
 from plphp_cli.reports.diff import Piece, word_diff
 from plphp_cli.reports.plots import bound_bar, head_map, latency
 from plphp_cli.reports.profile_text import headline, remarks, repaid, standing
@@ -153,7 +153,7 @@ def _times(record: ProfileRecord) -> list[str]:
     rows = [
         [label, *(format_seconds(getattr(arm, name)) for _, arm in arms)] for label, name in figures.items()
     ]
-    rows.append(["decode", *(format_rate(arm.decode_tokens_per_s) for _, arm in arms)])
+    rows.append(["decode, tokens/s", *(format_rate(arm.decode_tokens_per_s, "").strip() for _, arm in arms)])
     for share in ("p50", "p90", "p99"):
         values = (format_seconds(getattr(arm.tpot_s, share) if arm.tpot_s else None) for _, arm in arms)
         rows.append([f"time per token, {share}", *values])
@@ -174,9 +174,9 @@ def _times(record: ProfileRecord) -> list[str]:
 def _ratios(record: ProfileRecord) -> list[str]:
     rows = [
         [
-            f"{name}: {ratio.numerator} / {ratio.denominator}",
+            _ratio_label(name, ratio),
             format_ratio(ratio.median),
-            f"{ratio.low:.3f} to {ratio.high:.3f}",
+            "exact" if name == "kv" else f"{ratio.low:.3f} to {ratio.high:.3f}",
             NOT_AVAILABLE
             if ratio.control_low is None
             else f"{ratio.control_low:.3f} to {ratio.control_high:.3f}",
@@ -193,6 +193,12 @@ def _ratios(record: ProfileRecord) -> list[str]:
     )
     heads = ["ratio", "median", "95 % interval", "A/A interval", "verdict"]
     return ["<h2>Ratios of paired samples</h2>", *_table(heads, rows), f'<p class="soft">{note}</p>']
+
+
+def _ratio_label(name: str, ratio: RatioProfile) -> str:
+    over, under = (figure.partition(".")[0] for figure in (ratio.numerator, ratio.denominator))
+    what = {"ttft": "TTFT", "kv": "KV held"}.get(name.removeprefix("loop_"), name.removeprefix("loop_"))
+    return f"{what.replace('_', ' ')}, {over} / {under}"
 
 
 def _memory(record: ProfileRecord) -> list[str]:
