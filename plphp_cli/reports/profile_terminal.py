@@ -310,7 +310,7 @@ def _answer(text: str) -> Text:
 
 
 def _pair(label: str, text: str, width: int) -> list[Text]:
-    lines = wrapped(Text(text), max(width - _LABEL, 20))
+    lines = wrapped(Text(text), max(width - _LABEL, 12))
     starts = [Text(label, style="dim")] + [Text()] * (len(lines) - 1)
     joined = []
     for start, line in zip(starts, lines, strict=True):
