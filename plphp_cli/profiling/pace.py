@@ -30,6 +30,7 @@ class Pace:
         self._left = Counter(planned)
         self._total = planned.total()
         self._times: dict[str, list[float]] = defaultdict(list)
+        self._expected: dict[str, float] = {}
         self._show = show
 
     @contextmanager
@@ -41,14 +42,19 @@ class Pace:
         self._times[kind].append(time.monotonic() - start)
         self._left[kind] -= 1
 
+    def expect(self, kind: str, seconds: float) -> None:
+        """How long a piece of a kind may take, until one was done."""
+        self._expected[kind] = seconds
+
     def drop(self, kind: str, count: int = 1) -> None:
         """Pieces that will not be done: an arm that failed."""
         self._left[kind] -= count
         self._total -= count
 
     def _remaining(self) -> float | None:
-        known = {kind: fmean(times) for kind, times in self._times.items()}
-        if not known:
+        done = {kind: fmean(times) for kind, times in self._times.items()}
+        if not done:
             return None
-        usual = fmean(known.values())
+        usual = fmean(done.values())
+        known = self._expected | done
         return sum(count * known.get(kind, usual) for kind, count in self._left.items())

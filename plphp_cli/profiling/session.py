@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,8 @@ from plphp_cli.prompt import Prompt
 
 # Passes of their own for the prune time: enough for a median, and a prefill each.
 PRUNE_PASSES = 3
+# Seconds that a fresh process, and measuring the machine, take about: for the progress bar alone.
+FRESH_S, MACHINE_S = 6.0, 2.0
 # Share of the CPU that others may use before a machine counts as busy.
 BUSY = 0.25
 
@@ -73,9 +76,13 @@ class ProfileSession:
         """Load the model and note the circumstances."""
         request = self._request
         self._note_machine()
+        start = time.monotonic()
         self._loaded = loaded = load(
             request.model, dtype=request.dtype, device=request.device, attn=request.attn
         )
+        # A fresh process imports, loads and runs once more.
+        self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
+        self._pace.expect("machine", MACHINE_S)
         text = loaded.model.config.get_text_config(decoder=True)
         tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
         self._figures = ModelFigures(
