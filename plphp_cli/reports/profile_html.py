@@ -292,9 +292,10 @@ def _layers(record: ProfileRecord) -> list[str]:
         "overlap",
         "per image",
     ]
+    which = "" if len(record.prompts) == 1 else ", prompt 1"
     maps = (
-        head_map(record, "gamma", "attention given to vision tokens (gamma by head)"),
-        head_map(record, "attention_kept", "share of that attention on tokens kept"),
+        head_map(record, "gamma", f"attention given to vision tokens (gamma by head{which})"),
+        head_map(record, "attention_kept", f"share of that attention on tokens kept{which}"),
     )
     return [
         "<h2>Where the attention goes</h2>",
@@ -361,7 +362,7 @@ def _table(heads: Cells, rows: Sequence[Cells], raw: tuple[int, ...] = ()) -> li
         )
         return f"<tr>{''.join(shown)}</tr>"
 
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in heads)
+    head = "".join(f"<th{' class=text' if cell == 'prompt' else ''}>{_text(cell)}</th>" for cell in heads)
     return [f'<div class="wide"><table><tr>{head}</tr>', *(row(cells) for cells in rows), "</table></div>"]
 
 
