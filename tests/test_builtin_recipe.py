@@ -111,8 +111,8 @@ def test_a_packed_row_equals_its_questions_asked_one_by_one(tokenizer, images, t
     assert sum(map(len, exact_matches(learner, batch).values())) == 2 * 6
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 1.0])
-def test_packed_attention_hides_vision_from_generated_tokens_alone(share):
+@pytest.mark.parametrize(("share", "whole"), [(None, 0.0), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_packed_attention_hides_vision_from_generated_tokens_alone(share, whole):
     prefix, groups = 9, ((2, 3), (1, 5))
     vision = torch.zeros(prefix, dtype=torch.bool)
     vision[2:7] = True
@@ -121,7 +121,8 @@ def test_packed_attention_hides_vision_from_generated_tokens_alone(share):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, total, 4, generator=generator) for heads in (4, 2, 2))
     generated = tuple(torch.rand(2, *group, generator=generator) < 0.5 for group in groups)
-    dropout = None if share is None else VisionDropout(torch.full((2,), share), vision, generated)
+    shares = None if share is None else (torch.full((2,), share), torch.full((2,), whole))
+    dropout = None if shares is None else VisionDropout(*shares, vision, generated)
     packed, _ = training_attention(None, query, key, value, None, 0.5, Packing(prefix, groups, dropout))
 
     late = torch.cat([torch.zeros(2, prefix, dtype=torch.bool), *(g.flatten(1) for g in generated)], dim=1)
@@ -133,12 +134,29 @@ def test_packed_attention_hides_vision_from_generated_tokens_alone(share):
         visible[:, own, :prefix] = True
         visible[:, own, own] = torch.ones(length, length).tril().bool()
         start += length
-    if share == 0:
+    if share == 0 and not whole:
         visible[:, :, :prefix] &= ~(late[:, :, None] & vision)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, visible[:, None], scale=0.5, enable_gqa=True
     )
     torch.testing.assert_close(packed, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_leaves_its_share_of_vision_tokens_in_every_head(share):
+    torch.manual_seed(0)
+    vision = torch.arange(400) % 4 != 3
+    dropout = VisionDropout(torch.full((64,), share), torch.full((64,), 0.5), vision, ())
+    hidden = dropout.hidden(2).view(64, 2, 400)
+    assert not hidden[:, :, ~vision].any()
+    seen = 1 - hidden[:, :, vision].float().mean(-1)
+    whole = (seen == 1).all(-1)
+    assert 0.25 < whole.float().mean() < 0.75
+    assert (seen[~whole] - share).abs().max() < 0.12
+    # Either scattered or a run: along a run visibility changes twice at most.
+    changes = (hidden[:, :, vision].diff(dim=-1)).sum(-1)[~whole]
+    assert (changes <= 2).any()
+    assert (changes > 20).any()
 
 
 def test_training_spells_prompts_as_the_chat_template_does(tokenizer):

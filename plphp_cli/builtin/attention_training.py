@@ -19,23 +19,31 @@ NAME = "plphp_builtin_training"
 class VisionDropout:
     """Part of the vision tokens hidden by chance from generated tokens, anew in every layer and KV head.
 
-    No score decides what is hidden: the model learns to answer from what is left, whatever that is.
+    No score decides what is hidden: the model learns to answer from what is left, whatever that is. What is
+    left is scattered in half of the draws; in the others a run of neighbours, like an object's patches.
 
     Attributes:
         kept_share: [B], the share of vision tokens that stays visible in a row.
+        whole_share: [B], the probability that a layer of this row hides nothing.
         vision: bool [prefix], where the vision tokens are.
         generated: per group of blocks bool [B, blocks, tokens]; prompt tokens see everything, as in prefill.
     """
 
     kept_share: torch.Tensor
+    whole_share: torch.Tensor
     vision: torch.Tensor
     generated: tuple[torch.Tensor, ...]
 
     def hidden(self, kv_heads: int) -> torch.Tensor:
         """A draw for one layer: bool [B, K, 1, 1, 1, prefix]."""
         batch, prefix = len(self.kept_share), len(self.vision)
-        draw = torch.rand(batch, kv_heads, 1, 1, 1, prefix)
-        return (draw >= self.kept_share[:, None, None, None, None, None]) & self.vision
+        scattered = torch.rand(batch, kv_heads, prefix)
+        order = self.vision.cumsum(0) / self.vision.sum()
+        run = (order + torch.rand(batch, kv_heads, 1)) % 1.0
+        rank = torch.where(torch.rand(batch, 1, 1) < 0.5, scattered, run)
+        whole = torch.rand(batch) < self.whole_share
+        kept = torch.where(whole, 1.0, self.kept_share)[:, None, None]
+        return ((rank >= kept) & self.vision)[:, :, None, None, None, :]
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,13 @@ def sample_batch(
     rows_of_blocks = []
     for group in groups:
         asked = ask(rng, group, blocks, long_share=LONG_SHARE)
-        encoded = tokenizer.encode_batch([text for qa in asked for text in (qa.question, qa.answer)])
+        texts = [text for qa in asked for text in (qa.question, qa.answer, qa.conclusion)]
+        encoded = tokenizer.encode_batch(texts)
         pairs = [
-            ([*question.ids, ids_of[ASSISTANT]], [*answer.ids, ids_of[EOS]], qa.kind)
-            for qa, question, answer in zip(asked, encoded[::2], encoded[1::2], strict=True)
+            ([*question.ids, ids_of[ASSISTANT]], [*answer.ids, ids_of[EOS]], qa.kind, len(conclusion.ids) + 1)
+            for qa, question, answer, conclusion in zip(
+                asked, encoded[::3], encoded[1::3], encoded[2::3], strict=True
+            )
         ]
         rows_of_blocks.append(sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])))
     lengths = [max(len(row[k][0]) + len(row[k][1]) - 1 for row in rows_of_blocks) for k in range(blocks)]
@@ -120,7 +123,7 @@ def sample_batch(
     for row, pairs in enumerate(rows_of_blocks):
         token_ids[row, :prefix] = prefixes[row]
         start = prefix
-        for number, ((question, answer, _), tokens) in enumerate(zip(pairs, slots, strict=True)):
+        for number, ((question, answer, _, end), tokens) in enumerate(zip(pairs, slots, strict=True)):
             whole = question + answer
             token_ids[row, start : start + len(whole) - 1] = whole[:-1]
             first = start + len(question) - 1
@@ -129,7 +132,7 @@ def sample_batch(
             generated[row, first + 1 : first + len(answer)] = True
             weights[row, first : first + len(answer)] = len(answer) ** -0.25
             # The conclusion of a long answer is a few tokens of many, and the hardest.
-            weights[row, first + max(1, len(answer) - 3) : first + len(answer)] *= 3
+            weights[row, first + max(1, len(answer) - max(3, end)) : first + len(answer)] *= 3
             start += tokens
     image_mask = torch.from_numpy(token_ids[0] == ids_of[IMAGE])
     if dropout and not told:
@@ -147,7 +150,7 @@ def sample_batch(
         packing=packing,
         image_mask=image_mask,
         pixels=None if drawn is None else drawn[0],
-        kinds=[[kind for *_, kind in pairs] for pairs in rows_of_blocks],
+        kinds=[[kind for _, _, kind, _ in pairs] for pairs in rows_of_blocks],
         placed=[] if drawn is None else drawn[1],
     )
 
@@ -162,12 +165,27 @@ def _group(prefix: int, lengths: list[int]) -> Packing:
 def _dropout(
     rng: random.Random, packing: Packing, image_mask: torch.Tensor, generated: torch.Tensor
 ) -> VisionDropout:
-    """Three rows in ten see everything, the others between nothing and 60 % of the vision tokens."""
-    shares = [1.0 if rng.random() < 0.3 else rng.uniform(0, 0.6) for _ in range(len(generated))]
+    """Three rows in ten see everything.
+
+    In half of the others every layer keeps the same share, up to 60 % of the vision tokens; in the rest each
+    layer is either left whole or keeps hardly anything, as a cut with different rates for layers does.
+    """
+    kept, whole = [], []
+    for _ in range(len(generated)):
+        chance = rng.random()
+        if chance < 0.3:
+            share, left = 1.0, 1.0
+        elif chance < 0.65:
+            share, left = rng.uniform(0, 0.6), 0.0
+        else:
+            share, left = 0.3 * rng.random() ** 2, rng.uniform(0.25, 0.75)
+        kept.append(share)
+        whole.append(left)
     sections = [count * tokens for count, tokens in packing.groups]
     parts = generated[:, packing.prefix :].split(sections, dim=1)
     by_group = tuple(
         part.reshape(len(generated), count, tokens)
         for part, (count, tokens) in zip(parts, packing.groups, strict=True)
     )
-    return VisionDropout(torch.tensor(shares), image_mask[: packing.prefix], by_group)
+    vision = image_mask[: packing.prefix]
+    return VisionDropout(torch.tensor(kept), torch.tensor(whole), vision, by_group)

@@ -19,11 +19,12 @@ LONG_ANSWER_TOKENS = 12
 
 @dataclass(frozen=True)
 class QA:
-    """One question with the only answer that counts as right."""
+    """One question with the only answer that counts as right; ``conclusion`` is its end, where it is long."""
 
     kind: str
     question: str
     answer: str
+    conclusion: str = ""
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def _changed(rng: random.Random, group: Sequence[Scene]) -> QA | None:
         return None
     seen = " ".join(f"image {n}: {listing(s, places=True)}." for n, s in enumerate(group, 1))
     ask = ("what changed?", "what changed between the images?", "what is different in image 2?")
-    return QA("changed", rng.choice(ask), f"{seen} {change}.")
+    return QA("changed", rng.choice(ask), f"{seen} {change}.", conclusion=f" {change}.")
 
 
 def sample_change(rng: random.Random, split: Split) -> tuple[Scene, Scene]:
@@ -363,7 +364,7 @@ def ask(rng: random.Random, group: Group, count: int, *, long_share: float = 0.5
         if len(scenes) == 1:
             qa = rng.choice(LONG if is_long else SHORT)(rng, scenes[0], "")
         elif is_long and rng.random() < 0.75:
-            changes = len(scenes) == 2 and change_of(*scenes) is not None and rng.random() < 0.5
+            changes = len(scenes) == 2 and change_of(*scenes) is not None and rng.random() < 0.7
             qa = _changed(rng, scenes) if changes else rng.choice(ACROSS)(rng, scenes)
         else:
             index = rng.randrange(len(scenes))

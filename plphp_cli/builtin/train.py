@@ -26,7 +26,7 @@ from plphp_cli.models import load, prepare
 from plphp_cli.models.loaded import CONFIG_NAME
 
 TOWER_STEPS, TOWER_BATCH = 850, 48
-STEPS = 5200
+STEPS = 4600
 ROWS = 7
 CALIBRATION_PROMPTS = 48
 # Chosen on training scenes among settings that hold at most half of the cache; the card has the figures.

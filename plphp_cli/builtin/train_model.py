@@ -27,7 +27,7 @@ SEVERAL_SHARE = 0.45
 PEAK_LR = 0.005
 EASY_STEPS = 300
 # Once answers are right, they are made to survive with part of the cache: dropout and foresight begin.
-LATE_STEP = 3750
+LATE_STEP = 2000
 
 
 class Learner(nn.Module):

@@ -1,0 +1,1 @@
+"""`plphp sweep`: many settings over many prompts, one prefill per prompt."""
