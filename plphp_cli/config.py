@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from plphp_cli.errors import ConfigError
+from plphp_cli.files import write_text
 
 SCOPES = ("prompt", "image")
 HEAD_REDUCES = ("mean", "max")
@@ -111,24 +112,8 @@ class PLPHPConfig:
             raise ConfigError(f"config {path}: {error.message}", hint=error.hint) from error
 
     def to_file(self, path: str | os.PathLike[str], force: bool = False) -> None:
-        """Write the config as JSON, whole or not at all.
-
-        Raises:
-            ConfigError: the file exists and `force` is not set, or it cannot be written.
-        """
-        target = Path(path)
-        if target.exists() and not force:
-            raise ConfigError(
-                f"{target} exists already", hint="choose another name, or overwrite it with --force"
-            )
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(target)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise ConfigError(f"cannot write config {target}: {error.strerror}") from error
+        """Write the config as JSON, whole or not at all. Raises what `files.write_text` raises."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n", force)
 
 
 def _fraction(knob: str, value: Any) -> float:

@@ -12,11 +12,9 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.serialize import (
     SCHEMA_VERSION,
     RecordError,
-    check_writable,
     parse,
     to_dict,
     to_json,
-    write_text,
 )
 from plphp_cli.units import finite
 
@@ -32,14 +30,12 @@ __all__ = [
     "RatioRecord",
     "RecordError",
     "RunRecord",
-    "check_writable",
     "decode_bound",
     "decode_rate",
     "from_json",
     "run_ratios",
     "to_dict",
     "to_json",
-    "write_text",
 ]
 
 # Fewer steps than this are too short to time a decode rate.

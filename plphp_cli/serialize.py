@@ -1,4 +1,4 @@
-"""Records to strict JSON and back, and files written whole or not at all.
+"""Records to strict JSON and back.
 
 The codec follows the type hints: nested dataclasses, `tuple[X, ...]`, `dict[str, X]`, `X | None`, numbers,
 texts and `Any` (a JSON value). Nothing is coerced: what does not fit is an error that names where.
@@ -7,13 +7,9 @@ texts and `Any` (a JSON value). Nothing is coerced: what does not fit is an erro
 import dataclasses
 import json
 import math
-import os
-import stat
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from plphp_cli.config import PLPHPConfig
@@ -64,70 +60,6 @@ def from_dict(cls: type[R], data: Any) -> R:
             hint="read it with the version of plphp-cli that wrote it",
         )
     return typing.cast(R, _decode(cls, data, cls.__name__))
-
-
-def check_writable(path: str | os.PathLike[str], force: bool = False) -> None:
-    """Fail before minutes of work where `write_text` would fail after them, with the same `UsageError`."""
-    try:
-        target = Path(path).resolve()
-        if target.is_dir():
-            raise UsageError(f"cannot write {path}: it is a directory", hint="name a file in it")
-        if target.exists() and not _is_special(target) and not force:
-            raise UsageError(
-                f"{path} exists already", hint="choose another name, or overwrite it with --force"
-            )
-        if not target.parent.is_dir():
-            raise UsageError(
-                f"cannot write {path}: there is no folder {target.parent}", hint="create the folder first"
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"cannot write {path!r}: {getattr(error, 'strerror', None) or error}") from error
-    if not _is_special(target) and not os.access(target.parent, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"cannot write {path}: no permission to write in {target.parent}", hint="name another folder"
-        )
-
-
-def write_text(path: str | os.PathLike[str], text: str, force: bool = False) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, then renamed.
-
-    A link is followed; a device or pipe (`/dev/null`) is written to, never replaced.
-
-    Raises:
-        UsageError: the file exists and `force` is not set, it is a directory, or its folder is missing or
-            read-only.
-        PLPHPError: writing failed (a full disk); a file that existed is then as it was.
-    """
-    check_writable(path, force)
-    target = Path(path).resolve()
-    draft: Path | None = None
-    try:
-        if _is_special(target):
-            target.write_text(text, encoding="utf-8")
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name[:60]}.", delete=False
-        ) as file:
-            draft = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private by default; a report is as readable as any file the user writes.
-        os.umask(umask := os.umask(0))
-        draft.chmod(0o666 & ~umask)
-        draft.replace(target)
-    except OSError as error:
-        raise PLPHPError(
-            f"cannot write {path}: {error.strerror or error}", hint="free some space, or name another folder"
-        ) from error
-    finally:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
-
-
-def _is_special(target: Path) -> bool:
-    """Whether the path is a device, pipe or socket: something a rename must not replace."""
-    return target.exists() and not stat.S_ISREG(target.stat().st_mode) and not target.is_dir()
 
 
 def _refuse_constant(name: str) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import ConfigError
+from plphp_cli.errors import ConfigError, UsageError
 
 
 def test_defaults_are_those_of_the_method():
@@ -64,7 +64,7 @@ def test_a_file_gives_back_the_config_that_was_written(tmp_path):
 def test_an_existing_file_is_kept_unless_forced(tmp_path):
     path = tmp_path / "config.json"
     PLPHPConfig().to_file(path)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(UsageError, match="exists already"):
         PLPHPConfig(r=0.9).to_file(path)
     assert PLPHPConfig.from_file(path).r == 0.4
     PLPHPConfig(r=0.9).to_file(path, force=True)
@@ -92,7 +92,7 @@ def test_a_broken_file_is_refused_with_its_name_and_fault(tmp_path, content, nam
 
 
 def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(UsageError, match="cannot write"):
         PLPHPConfig().to_file(tmp_path / "missing" / "config.json")
 
 

@@ -1,9 +1,6 @@
 import dataclasses
 import json
 import math
-import os
-import stat
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +10,7 @@ from PIL import Image
 
 from plphp_cli import results
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.errors import PLPHPError
 from plphp_cli.results import (
     ArmRecord,
     BoundRecord,
@@ -319,58 +316,3 @@ def test_the_bound_gives_the_method_s_table():
 def test_the_bound_lies_between_one_and_the_byte_ratio(weights, cache, kept, new):
     bound = results.decode_bound(weights, int(cache * kept), cache, new)
     assert 1 <= bound.ideal_decode_ratio <= (cache + 1) / (int(cache * kept) + 1) * (1 + 1e-9)
-
-
-def test_a_file_is_written_and_never_overwritten_unasked(tmp_path):
-    target = tmp_path / "r.json"
-    results.write_text(target, "one")
-    with pytest.raises(UsageError, match="exists already") as caught:
-        results.write_text(target, "two")
-    assert "--force" in caught.value.hint
-    assert target.read_text() == "one"
-    results.write_text(target, "two", force=True)
-    assert target.read_text() == "two"
-    assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
-
-
-def test_a_written_file_is_as_readable_as_the_umask_allows(tmp_path):
-    previous = os.umask(0o027)
-    try:
-        results.write_text(tmp_path / "r.json", "x")
-    finally:
-        os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "r.json").stat().st_mode) == 0o640
-
-
-@pytest.mark.parametrize("path", ["missing/r.json", ".", "n" * 300, "file/r.json"])
-def test_a_path_that_cannot_be_written_is_a_usage_error(tmp_path, path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError):
-        results.check_writable(tmp_path / path, force=True)
-    with pytest.raises(UsageError):
-        results.write_text(tmp_path / path, "x", force=True)
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_link_is_followed(tmp_path):
-    (tmp_path / "real.json").write_text("old")
-    (tmp_path / "link.json").symlink_to("real.json")
-    results.write_text(tmp_path / "link.json", "new", force=True)
-    assert (tmp_path / "link.json").is_symlink()
-    assert (tmp_path / "real.json").read_text() == "new"
-
-
-def test_a_device_is_written_to_and_a_full_one_is_an_error():
-    results.write_text("/dev/null", "x")
-    assert Path("/dev/null").is_char_device()
-    with pytest.raises(PLPHPError, match="No space left"):
-        results.write_text("/dev/full", "x")
-
-
-def test_a_broken_write_leaves_the_old_file_alone(tmp_path):
-    target = tmp_path / "r.json"
-    target.write_text("old")
-    with pytest.raises(UnicodeEncodeError):
-        results.write_text(target, "\ud800", force=True)
-    assert target.read_text() == "old"
-    assert [item.name for item in tmp_path.iterdir()] == ["r.json"]

@@ -10,9 +10,10 @@ from plphp_cli.cli.output import print_lines, say, write_stdout
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.dataset import Example, read_examples
 from plphp_cli.errors import UsageError
+from plphp_cli.files import check_writable, write_text
 from plphp_cli.images import load_image
 from plphp_cli.reports.calibration import calibration_report
-from plphp_cli.serialize import check_writable, to_json, write_text
+from plphp_cli.serialize import to_json
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
 
 OutOption = Annotated[
     str, typer.Option("--out", metavar="FILE", help="Config file to write.", rich_help_panel="Output")
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="JSON Lines of prompts: images, prompt, answer.",
-        rich_help_panel="Input",
-    ),
 ]
 QuantilesOption = Annotated[
     list[float] | None,
@@ -45,7 +37,7 @@ def calibrate(
     out: OutOption,
     image: opt.ImageOption = None,
     prompt: opt.PromptOption = None,
-    data: DataOption = None,
+    data: opt.DataOption = None,
     system: opt.SystemOption = None,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, UsageError
+from plphp_cli.files import check_writable
 from plphp_cli.reports.text import one_line
 from plphp_cli.results import GenerationRecord
 
@@ -28,6 +29,15 @@ ImageOption = Annotated[
 PromptOption = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What to ask; - reads stdin.", rich_help_panel=_INPUT),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="JSON Lines of prompts: images, prompt, answer.",
+        rich_help_panel=_INPUT,
+    ),
 ]
 SystemOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=_INPUT)
@@ -303,8 +313,6 @@ def check_model(name: str) -> None:
 
 def check_json_target(path: str | None, force: bool) -> None:
     """Fail before the work where writing the record would fail after it. Raises `UsageError`."""
-    from plphp_cli.results import check_writable
-
     if path == "":
         raise UsageError("--json is empty", hint="name a file, or - for stdout")
     if path is not None and path != "-":

@@ -15,25 +15,17 @@ from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.output import print_lines, say, stderr_console, write_stdout
 from plphp_cli.dataset import read_examples
 from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.files import check_writable, write_text
 from plphp_cli.images import load_image
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.profiling.state import ProfileRequest, Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
-from plphp_cli.serialize import check_writable, to_json, write_text
+from plphp_cli.serialize import to_json
 
 _MEASURING, _OUTPUT = "Measuring", "Output"
 
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="JSON Lines of prompts: images, prompt, answer.",
-        rich_help_panel="Input",
-    ),
-]
 CompareBaselineOption = Annotated[
     bool,
     typer.Option(
@@ -72,7 +64,7 @@ def profile(
     context: typer.Context,
     image: opt.ImageOption = None,
     prompt: opt.PromptOption = None,
-    data: DataOption = None,
+    data: opt.DataOption = None,
     system: opt.SystemOption = None,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",

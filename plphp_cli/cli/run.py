@@ -19,9 +19,10 @@ from plphp_cli.cli.output import (
 )
 from plphp_cli.cli.session import PRUNED, UNPRUNED, RunRequest, RunSession
 from plphp_cli.errors import UsageError
+from plphp_cli.files import write_text
 from plphp_cli.images import load_image
 from plphp_cli.reports.terminal import config_line, run_report
-from plphp_cli.results import to_json, write_text
+from plphp_cli.results import to_json
 
 
 def run(
