@@ -64,6 +64,18 @@ class CalibrationRecord:
         )
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What a model shows on prompts, before any setting: per prompt and layer, gamma and need.
+
+    `needs` has no row for a prompt whose answer is a single token: nothing is decoded from the cut cache.
+    """
+
+    model: str
+    gammas: tuple[tuple[float | None, ...], ...]
+    needs: tuple[tuple[float | None, ...], ...]
+
+
 def calibrate(
     loaded: "LoadedModel",
     prompts: Sequence[Prompt],
@@ -85,19 +97,28 @@ def calibrate(
         progress: called with the number of prompts done.
 
     Raises:
-        UsageError: no prompt holds vision tokens, or the quantiles are not ascending in [0, 1].
+        UsageError: there is no prompt, one holds no vision tokens, or the quantiles are not ascending in
+            [0, 1].
         UnsupportedError: the model cannot be pruned, with the reason.
     """
+    _check_quantiles(quantiles)
+    return settle(survey(loaded, prompts, max_new_tokens, progress), base, quantiles)
+
+
+def survey(
+    loaded: "LoadedModel",
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Survey:
+    """Measure gamma and need on prompts. Arguments and errors are those of `calibrate`."""
     # Reading a record (reports do) must not import torch.
     from plphp_cli.generate import Done, Settings, stream
     from plphp_cli.pruning import FixedRates
     from plphp_cli.quality import layer_need
 
-    low, high = quantiles
-    if not 0 <= low <= high <= 1:
-        raise UsageError(f"quantiles = {low:g} {high:g}; expected two ascending numbers in [0, 1]")
-    gammas: list[list[float | None]] = []
-    needs: list[list[float | None]] = []
+    gammas: list[tuple[float | None, ...]] = []
+    needs: list[tuple[float | None, ...]] = []
     for number, prompt in enumerate(prompts, 1):
         if prompt.vision_tokens == 0:
             raise UsageError(
@@ -110,14 +131,21 @@ def calibrate(
             if isinstance(event, Done):
                 answer = event.token_ids
             elif hasattr(event, "layers"):
-                gammas.append([layer.gamma for layer in event.layers])
+                gammas.append(tuple(layer.gamma for layer in event.layers))
         if len(answer) > 1:
-            needs.append(layer_need(loaded, prompt, answer))
+            needs.append(tuple(layer_need(loaded, prompt, answer)))
         progress(number)
     if not gammas:
         raise UsageError("no prompts to calibrate on")
+    return Survey(loaded.name, tuple(gammas), tuple(needs))
+
+
+def settle(found: Survey, base: PLPHPConfig, quantiles: tuple[float, float] = TERCILES) -> CalibrationRecord:
+    """The setting that a survey leads to. Arguments and errors are those of `calibrate`."""
+    low, high = _check_quantiles(quantiles)
+    gammas = found.gammas
     gamma = _means(gammas)
-    need = _means(needs) if needs else (None,) * len(gamma)
+    need = _means(found.needs) if found.needs else (None,) * len(gamma)
     skipped = tuple(sorted({*base.skip_layers, *outstanding(need)}))
     pool = [g for row in gammas for layer, g in enumerate(row) if g is not None and layer not in skipped]
     config = base.replace(
@@ -125,11 +153,18 @@ def calibrate(
         beta=quantile(pool, low),
         skip_layers=skipped,
         calibrated=True,
-        calibrated_on=f"{loaded.name}, {len(gammas)} prompt{'s' if len(gammas) > 1 else ''}",
+        calibrated_on=f"{found.model}, {len(gammas)} prompt{'s' if len(gammas) > 1 else ''}",
     )
     return CalibrationRecord(
-        loaded.name, len(gammas), len(needs), gamma, need, rank_correlation(gamma, need), config
+        found.model, len(gammas), len(found.needs), gamma, need, rank_correlation(gamma, need), config
     )
+
+
+def _check_quantiles(quantiles: tuple[float, float]) -> tuple[float, float]:
+    low, high = quantiles
+    if not 0 <= low <= high <= 1:
+        raise UsageError(f"quantiles = {low:g} {high:g}; expected two ascending numbers in [0, 1]")
+    return low, high
 
 
 def outstanding(need: Sequence[float | None]) -> tuple[int, ...]:

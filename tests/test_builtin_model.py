@@ -2,13 +2,15 @@
 
 import json
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from plphp_cli.builtin.evaluate import PLPHP, UNPRUNED, answer_ids, evaluate, held_out_items, pictures
+from plphp_cli.builtin import choose
+from plphp_cli.builtin.evaluate import PLPHP, UNPRUNED, answer_ids, draw_items, evaluate, pictures
 from plphp_cli.dataset import read_examples
 from plphp_cli.generate import Done, PrefillDone, Settings, stream
 from plphp_cli.images import load_image
@@ -73,13 +75,34 @@ def test_half_of_the_samples_have_long_answers_and_unpruned_answers_nearly_all()
 
 
 def test_exact_match_by_teacher_forcing_is_what_greedy_decoding_gives():
-    items = held_out_items(6, (1, 2), seed=5)
+    items = draw_items(6, (1, 2), seed=5)
     config = default_config(model())
     for item, result in zip(items, evaluate(model(), items, config), strict=True):
         prompt = prepare(model(), pictures(item.group), item.qa.question)
         for arm, policy in ((UNPRUNED, None), (PLPHP, config)):
             done = run(prompt, policy)[1]
             assert result.outcomes[arm].exact == (list(done.token_ids) == answer_ids(model(), item.qa))
+
+
+def test_the_setting_is_the_best_of_those_that_hold_half_of_the_cache(monkeypatch):
+    monkeypatch.setattr(choose, "PROMPTS", 6)
+    monkeypatch.setattr(choose, "SURVEYED", 4)
+    candidates = choose.choose(model(), seed=3)
+    assert {c.record.config.scope for c in candidates} == {"prompt", "image"}
+    assert all(c.kv_ratio <= c.kv_ratio_max <= choose.KV_RATIO_MAX for c in candidates)
+    best = max(c.exact for c in candidates)
+    assert candidates[0].exact == best
+    assert candidates[0].nats == min(c.nats for c in candidates if c.exact == best)
+
+
+def test_the_share_of_the_cache_that_a_setting_holds_is_foretold_exactly():
+    config = default_config(model())
+    for item, scope in product(draw_items(4, (1, 2), seed=6), ("prompt", "image")):
+        config = config.replace(scope=scope, r=0.19, delta_r=0.05)
+        prompt = prepare(model(), pictures(item.group), item.qa.question)
+        layers = run(prompt, config)[0].layers
+        real = sum(layer.held_bytes for layer in layers) / sum(layer.full_bytes for layer in layers)
+        assert choose.kv_ratio(choose.shape(model(), item), config) == pytest.approx(real, rel=1e-9)
 
 
 def test_the_card_tells_what_the_figures_file_holds():

@@ -21,7 +21,7 @@ from PIL import Image
 
 from plphp_cli.attention import prune
 from plphp_cli.builtin.questions import LONG_ANSWER_TOKENS, QA, Group, ask, sample_group
-from plphp_cli.builtin.scenes import SIZE, render
+from plphp_cli.builtin.scenes import SIZE, Split, render
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import Prefilled, prefill
 from plphp_cli.images import LoadedImage
@@ -65,12 +65,12 @@ class Result:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
-def held_out_items(count: int, images: Sequence[int], seed: int) -> list[Item]:
+def draw_items(count: int, images: Sequence[int], seed: int, split: Split = "held-out") -> list[Item]:
     """``count`` questions, each about images of its own; three in five of a kind with long answers."""
     rng = random.Random(seed)
     items = []
     for number in range(count):
-        group = sample_group(rng, "held-out", images[number % len(images)])
+        group = sample_group(rng, split, images[number % len(images)])
         items.append(Item(group, ask(rng, group, 1, long_share=0.7)[0]))
     return items
 
@@ -248,8 +248,8 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load(arguments.model, dtype="float32")
     config = PLPHPConfig.from_file(arguments.config) if arguments.config else default_config(loaded)
-    items = held_out_items(arguments.items, (1,), arguments.seed)
-    items += held_out_items(arguments.items, (2, 2, 3), arguments.seed + 1)
+    items = draw_items(arguments.items, (1,), arguments.seed)
+    items += draw_items(arguments.items, (2, 2, 3), arguments.seed + 1)
     results = []
     for result in evaluate(loaded, items, config):
         results.append(result)

@@ -8,29 +8,23 @@ finished and calibrated model is ``FOLDER/model``.
 """
 
 import argparse
-import random
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
+from plphp_cli.builtin.choose import SURVEYED, Candidate, choose, table
 from plphp_cli.builtin.dialogue import load_tokenizer, processor
-from plphp_cli.builtin.evaluate import pictures
 from plphp_cli.builtin.optimization import launch
-from plphp_cli.builtin.questions import ask, sample_group
 from plphp_cli.builtin.train_model import Learner, train_model
 from plphp_cli.builtin.train_tower import train_tower
-from plphp_cli.calibration import CalibrationRecord, calibrate
-from plphp_cli.config import PLPHPConfig
-from plphp_cli.models import load, prepare
+from plphp_cli.models import load
 from plphp_cli.models.loaded import CONFIG_NAME
+from plphp_cli.reports.calibration import calibration_report
 
 TOWER_STEPS, TOWER_BATCH = 850, 48
 STEPS = 4600
 ROWS = 7
-CALIBRATION_PROMPTS = 48
-# Chosen on training scenes among settings that hold at most half of the cache; the card has the figures.
-BASE = PLPHPConfig(r=0.03, delta_r=0.02, skip_layers=(5, 6, 7))
 
 
 def export(out: Path, seed: int, folder: Path) -> None:
@@ -48,19 +42,13 @@ def export(out: Path, seed: int, folder: Path) -> None:
     processor(tokenizer).save_pretrained(folder)
 
 
-def calibrate_on_training_scenes(folder: Path, seed: int, prompts: int) -> CalibrationRecord:
-    """Calibrate the exported model on prompts about training scenes, and put its config beside it."""
-    loaded = load(str(folder), dtype="float32", device="cpu")
-    rng = random.Random(seed)
-    chosen = []
-    for number in range(prompts):
-        group = sample_group(rng, "train", (1, 1, 2, 3)[number % 4])
-        (qa,) = ask(rng, group, 1, long_share=1.0)
-        chosen.append(prepare(loaded, pictures(group), qa.question))
-    record = calibrate(loaded, chosen, BASE)
-    shipped = record.config.replace(calibrated_on=f"builtin, {prompts} prompts about training scenes")
+def ship_setting(folder: Path, seed: int) -> list[Candidate]:
+    """Choose the exported model's setting on training scenes and put it beside the model."""
+    candidates = choose(load(str(folder), dtype="float32", device="cpu"), seed, print)
+    config = candidates[0].record.config
+    shipped = config.replace(calibrated_on=f"builtin, {SURVEYED} prompts about training scenes")
     shipped.to_file(folder / CONFIG_NAME, force=True)
-    return record
+    return candidates
 
 
 def main() -> None:
@@ -81,8 +69,10 @@ def main() -> None:
     compiled = not arguments.no_compile
     launch(train_model, arguments.workers, out, arguments.seed, arguments.steps, ROWS, compiled)
     export(out, arguments.seed, out / "model")
-    record = calibrate_on_training_scenes(out / "model", arguments.seed, CALIBRATION_PROMPTS)
-    print(record.finding)
+    candidates = ship_setting(out / "model", arguments.seed)
+    for line in calibration_report(candidates[0].record):
+        print(line)
+    print(table(candidates))
     print(f"model written to {out / 'model'}")
 
 
