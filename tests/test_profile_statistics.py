@@ -3,7 +3,7 @@ import pytest
 
 from plphp_cli.profiling.records import FASTER, NO_DIFFERENCE, PRUNED, SLOWER, STOCK, UNPRUNED
 from plphp_cli.profiling.schedule import CONTROL, alternated, slots
-from plphp_cli.profiling.statistics import compare, median, percentile, percentiles, spread
+from plphp_cli.profiling.statistics import MIN_PAIRS, compare, median, percentile, percentiles, spread
 
 PAIRS = 9
 
@@ -19,8 +19,9 @@ def trials(noise, ratio, count=1000, pairs=PAIRS, seed=7):
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.02, 0.05, 0.2])
-def test_identical_arms_are_called_different_in_at_most_2_percent_of_1000_trials(noise):
-    called = sum(verdict != NO_DIFFERENCE for verdict in trials(noise, 1.0))
+@pytest.mark.parametrize("pairs", [MIN_PAIRS, PAIRS, 12, 20])
+def test_identical_arms_are_called_different_in_at_most_2_percent_of_1000_trials(noise, pairs):
+    called = sum(verdict != NO_DIFFERENCE for verdict in trials(noise, 1.0, pairs=pairs))
     assert called <= 20
 
 
@@ -61,8 +62,8 @@ def test_ratios_are_paired_and_seeded():
 
 def test_too_little_gives_no_verdict():
     assert compare([], []) is None
-    pair = [1.0, 1.0]
-    assert compare([2.0, 2.0], pair, (pair, pair)).verdict is None
+    same = [1.0] * (MIN_PAIRS - 1)
+    assert compare([2.0] * len(same), same, (same, same)).verdict is None
 
 
 def test_nothing_has_no_median():

@@ -1,5 +1,6 @@
 """Medians, percentiles, paired bootstrap intervals, and what may be called a difference. Seeded."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,8 @@ from plphp_cli.profiling.records import FASTER, NO_DIFFERENCE, SLOWER, Percentil
 THRESHOLD = 0.02
 CONFIDENCE = 0.95
 RESAMPLES = 4000
-# Fewer pairs than this give no interval to judge by.
-MIN_PAIRS = 3
+# Under fewer pairs nothing can be called with this confidence.
+MIN_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def compare(
 ) -> Comparison | None:
     """Compare two arms by paired samples: numerator_i / denominator_i.
 
-    A difference is called only if the 95 % paired bootstrap interval of the median excludes 1, the median
-    differs from 1 by more than 2 %, and it lies outside the A/A interval.
+    A difference is called only if the 95 % paired bootstrap interval of the median excludes 1 and a sign test
+    agrees, the median differs from 1 by more than 2 %, and it lies outside the A/A interval.
 
     Args:
         numerator: one positive sample a repeat.
@@ -80,7 +81,7 @@ def compare(
     if control is not None and (count := min(map(len, control))) >= MIN_PAIRS <= pairs:
         same = np.log(np.asarray(control[0][:count]) / np.asarray(control[1][:count]))
         control_low, control_high = _interval(same, np.mean, seed + 1)
-        certain = low > 0 or high < 0
+        certain = (low > 0 or high < 0) and _sign_test(logs) <= 1 - CONFIDENCE
         large = abs(middle) > np.log1p(THRESHOLD)
         outside = not control_low <= middle <= control_high
         verdict = (FASTER if middle > 0 else SLOWER) if certain and large and outside else NO_DIFFERENCE
@@ -88,6 +89,14 @@ def compare(
     ratios = tuple(np.exp(logs).tolist())
     middle, low, high = (float(value) for value in np.exp([middle, low, high]))
     return Comparison(ratios, middle, low, high, control_low, control_high, verdict)
+
+
+def _sign_test(logs: Any) -> float:
+    """Two-sided p-value of as many log ratios on one side of 0: the bootstrap alone is too narrow for few."""
+    count, above = len(logs), int((logs > 0).sum())
+    extreme = max(above, count - above)
+    tail = sum(math.comb(count, k) for k in range(extreme, count + 1)) / 2**count
+    return min(1.0, 2 * tail)
 
 
 def _interval(logs: Any, statistic: Callable[..., Any], seed: int) -> tuple[float, float]:
