@@ -6,9 +6,14 @@ import sys
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    from plphp_cli.cli.app import main as run_command_line
+    try:
+        from plphp_cli.cli.app import main as run_command_line
 
-    code = run_command_line(sys.argv[1:])
+        code = run_command_line(sys.argv[1:])
+    except KeyboardInterrupt:
+        # Before the command line could take care of it: while Python was importing.
+        sys.stderr.write("error: interrupted\n")
+        code = 130
     # All is written: a late Ctrl-C would only tear Python's own clean-up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)

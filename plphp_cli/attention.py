@@ -29,7 +29,7 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
 from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone
-from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate
+from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
 
 # Flash and flex attention take masks of their own kind and have not been proven: refused by name.
@@ -144,6 +144,8 @@ class Pruner:
             raise UnsupportedError(
                 "a non-empty past_key_values is not supported", hint="pass the whole prompt"
             )
+        else:
+            refuse_step(inputs)
         return (), inputs
 
     def after_forward(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:

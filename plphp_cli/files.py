@@ -67,6 +67,24 @@ def write_text(path: str | os.PathLike[str], text: str, force: bool = False) -> 
             draft.unlink(missing_ok=True)
 
 
+def write_beside(path: str | os.PathLike[str], text: str, force: bool = False) -> Path:
+    """`write_text`, or a free name beside it (`report.1.json`) if the name was taken during the work.
+
+    Returns where it was written. Raises what `write_text` raises for any other reason.
+    """
+    target = Path(path)
+    for number in range(1, 1000):
+        try:
+            write_text(target, text, force)
+        except UsageError:
+            if force or not Path(target).is_file():
+                raise
+            target = Path(path).with_name(f"{Path(path).stem}.{number}{Path(path).suffix}")
+        else:
+            return target
+    raise UsageError(f"{path} exists already, and a thousand others beside it", hint="name another folder")
+
+
 def _is_special(target: Path) -> bool:
     """Whether the path is a device, pipe or socket: something a rename must not replace."""
     return target.exists() and not stat.S_ISREG(target.stat().st_mode) and not target.is_dir()

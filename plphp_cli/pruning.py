@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import UnsupportedError
+from plphp_cli.errors import ConfigError, UnsupportedError
 
 Span = tuple[int, int]
 
@@ -242,5 +242,14 @@ def _cut_at(rate: float, attention: Tensor, vision: Tensor, scores: Tensor) -> C
 
 
 def as_policy(policy: PLPHPConfig | Policy | None) -> Policy | None:
-    """The policy that a config stands for; policies and None (the unpruned arm) are returned as they are."""
+    """The policy that a config stands for; policies and None (the unpruned arm) are returned as they are.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not (policy is None or isinstance(policy, PLPHPConfig) or callable(getattr(policy, "cut", None))):
+        raise ConfigError(
+            f"{type(policy).__name__} is no setting; expected a PLPHPConfig or a policy",
+            hint="PLPHPConfig.from_dict makes a config of a dict",
+        )
     return PLPHPPolicy(policy) if isinstance(policy, PLPHPConfig) else policy

@@ -130,6 +130,24 @@ def refuse_forward(inputs: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_step(inputs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` for what a forward call on a cut cache was asked and cannot be done rightly.
+
+    Args:
+        inputs: all arguments of the call, by name.
+    """
+    if inputs.get("output_attentions"):
+        raise UnsupportedError("output_attentions=True is not supported while pruning", hint="leave it out")
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is not None and ids.shape[0] != 1:
+        raise UnsupportedError(
+            f"a batch of {ids.shape[0]} sequences is not supported", hint="run one at a time"
+        )
+    # A cut layer has no column for every token seen, so a mask over those cannot be obeyed.
+    if isinstance(mask, Tensor) and not (mask.dim() == 2 and bool(mask.all())):
+        raise UnsupportedError("a mask of one's own is not supported on a cut cache", hint="leave it out")
+
+
 def refuse_cache(cache: Cache) -> None:
     """Raise `UnsupportedError` unless `cache` is a plain dynamic cache."""
     if type(cache) is not DynamicCache:

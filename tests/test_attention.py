@@ -211,6 +211,25 @@ def test_what_is_not_supported_is_refused_by_name(llava, options, named):
     assert snapshot(llava.model) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"attention_mask": torch.zeros(1, 48)}, "a mask of one's own"),
+        ({"attention_mask": torch.zeros(1, 1, 1, 48)}, "a mask of one's own"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"input_ids": torch.zeros(2, 1, dtype=torch.long)}, "batch of 2"),
+    ],
+    ids=["padding", "four dimensions", "attentions", "batch"],
+)
+def test_what_a_cut_cache_cannot_obey_is_refused_by_name(llava, options, named):
+    first = llava.prompts[0]
+    step = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "use_cache": True, **options}
+    with prune(llava.model, CUT), torch.no_grad():
+        cache = llava.model(first["input_ids"], first["pixel_values"]).past_key_values
+        with pytest.raises(UnsupportedError, match=named):
+            llava.model(**step, past_key_values=cache)
+
+
 def test_calling_a_part_of_the_model_is_refused(llava):
     with pytest.raises(UnsupportedError, match="part of the model"), prune(llava.model, CUT):
         llava.model.model(**llava.prompts[0])

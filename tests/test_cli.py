@@ -384,6 +384,13 @@ def test_help_and_refusals_do_not_import_torch(args: list[str]) -> None:
     assert in_fresh_python(code, *args).returncode == 0
 
 
+def test_without_a_command_the_help_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "profile" in err
+
+
 def test_the_program_can_be_run_as_a_module_and_reads_its_exit_code() -> None:
     shown = subprocess.run([sys.executable, "-m", "plphp_cli", "--version"], capture_output=True, text=True)
     assert re.fullmatch(r"plphp \d+\.\d+\.\d+\n", shown.stdout)

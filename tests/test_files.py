@@ -61,3 +61,12 @@ def test_a_broken_write_leaves_the_old_file_alone(tmp_path):
         files.write_text(target, "\ud800", force=True)
     assert target.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_a_name_taken_during_the_work_costs_nothing(tmp_path):
+    target = tmp_path / "r.json"
+    target.write_text("another's")
+    assert files.write_beside(target, "one") == tmp_path / "r.1.json"
+    assert files.write_beside(target, "two") == tmp_path / "r.2.json"
+    assert files.write_beside(target, "three", force=True) == target
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["one", "two", "three"]

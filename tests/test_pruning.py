@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from laws import plain_cut
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import UnsupportedError
+from plphp_cli.errors import ConfigError, UnsupportedError
 from plphp_cli.pruning import (
     FixedRates,
     HeadOnlyPolicy,
@@ -167,3 +167,5 @@ def test_a_config_stands_for_the_method():
     assert as_policy(PLPHPConfig(r=0.5)) == PLPHPPolicy(PLPHPConfig(r=0.5))
     assert as_policy(None) is None
     assert isinstance(as_policy(UniformPolicy(0.5)), UniformPolicy)
+    with pytest.raises(ConfigError, match="dict is no setting"):
+        as_policy({"r": 0.5})

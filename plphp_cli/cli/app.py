@@ -1,5 +1,6 @@
 """The commands of `plphp`, and the one place where an error becomes a line on stderr and an exit code."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -43,7 +44,9 @@ def _root(
         print(f"plphp {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
+        # typer prints its own help to stdout, which is for answers.
+        with contextlib.redirect_stdout(sys.stderr):
+            print(context.get_help())
         raise typer.Exit(2)
 
 

@@ -20,6 +20,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.received: int | None = None
         self._count = 0
+        self._holding = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -48,8 +49,13 @@ class Interrupts:
         if self.received is not None:
             raise KeyboardInterrupt
 
+    def hold(self) -> None:
+        """From now on what was measured is being written: a signal waits for the end, unless repeated."""
+        self._holding = True
+        self._count = 0
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if self.received is None or self._count >= _PATIENCE:
-            self.received = self.received or number
+        first, self.received = self.received is None, self.received or number
+        if (first and not self._holding) or self._count >= _PATIENCE:
             raise KeyboardInterrupt

@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
 
+from plphp_cli.errors import PLPHPError
+from plphp_cli.files import write_beside
 from plphp_cli.reports.live import LiveView, restore
 from plphp_cli.reports.snapshot import LiveSnapshot
 from plphp_cli.reports.text import for_encoding, one_line, visible
@@ -69,6 +71,30 @@ class Answer:
             self._open = False
             sys.stdout.write("\n")
             sys.stdout.flush()
+
+
+def write_files(files: Mapping[str, tuple[str, Callable[[], str]]], force: bool) -> PLPHPError | None:
+    """Write what the work came to; a file that cannot be written costs neither the others nor the report.
+
+    Args:
+        files: by kind, where it goes and what makes its text.
+        force: overwrite.
+
+    Returns:
+        The last failure, for the caller to raise at the end; those before it have been printed.
+    """
+    failure: PLPHPError | None = None
+    for kind, (path, make) in files.items():
+        if failure is not None:
+            print_error(failure.message, failure.hint)
+        try:
+            say(f"{kind}: {write_beside(path, make(), force)}")
+        except PLPHPError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001  (a plot that fails must not cost the measurement)
+            failure = PLPHPError(f"cannot write the {kind} file {path}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+    return failure
 
 
 def write_stdout(text: str) -> None:

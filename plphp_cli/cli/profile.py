@@ -12,10 +12,10 @@ from rich.console import Console
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
-from plphp_cli.cli.output import print_lines, say, stderr_console, write_stdout
+from plphp_cli.cli.output import print_error, print_lines, say, stderr_console, write_files, write_stdout
 from plphp_cli.dataset import read_examples
 from plphp_cli.errors import PLPHPError, UsageError
-from plphp_cli.files import check_writable, write_text
+from plphp_cli.files import check_writable
 from plphp_cli.images import load_image
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
@@ -155,35 +155,41 @@ def execute(request: ProfileRequest, files: dict[str, str], force: bool) -> int:
                 failure = None if interrupted else explained(error)
                 if failure is not None and not session.started:
                     raise failure from error
+        interrupts.hold()
         record = session.record(interrupted or failure is not None)
-        _write(record, files, force)
-        _print(record, files, session.started)
+        unwritten = _write(record, files, force)
+        _print(record, files.get("json") == "-", session.started)
+    failure = failure or (None if interrupted else unwritten)
     if failure is not None:
         raise failure
     if record.faults:
         raise PLPHPError(record.faults[0])
-    return interrupts.exit_code if interrupted else 0
+    return interrupts.exit_code if interrupts.received is not None else 0
 
 
-def _write(record: ProfileRecord, files: dict[str, str], force: bool) -> None:
+def _write(record: ProfileRecord, files: dict[str, str], force: bool) -> PLPHPError | None:
     """The files first: an impatient Ctrl-C costs the report on the terminal only."""
     from plphp_cli.reports.profile_csv import profile_csv
     from plphp_cli.reports.profile_html import profile_html
 
-    if (path := files.get("json", "-")) != "-":
-        write_text(path, to_json(record) + "\n", force)
-    if "csv" in files:
-        write_text(files["csv"], profile_csv(record), force)
-    if "html" in files:
-        write_text(files["html"], profile_html(record), force)
+    makers: dict[str, Callable[[], str]] = {
+        "json": lambda: to_json(record) + "\n",
+        "csv": lambda: profile_csv(record),
+        "html": lambda: profile_html(record),
+    }
+    wanted = {kind: (files[kind], make) for kind, make in makers.items() if files.get(kind, "-") != "-"}
+    failure = write_files(wanted, force)
+    if failure is not None and record.interrupted:
+        print_error(failure.message, failure.hint)
+    return failure
 
 
-def _print(record: ProfileRecord, files: dict[str, str], started: bool) -> None:
+def _print(record: ProfileRecord, json_on_stdout: bool, started: bool) -> None:
     """The report is the answer and goes to stdout, unless the JSON does."""
     from plphp_cli.reports.profile_terminal import profile_report
 
     console = stderr_console()
-    if files.get("json") == "-":
+    if json_on_stdout:
         write_stdout(to_json(record))
     elif sys.stdout is not None:
         console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
@@ -192,9 +198,6 @@ def _print(record: ProfileRecord, files: dict[str, str], started: bool) -> None:
         print_lines(profile_report(record, console.width, colour), console)
     if record.interrupted:
         say("interrupted" if started else "interrupted before anything was timed")
-    for kind, path in files.items():
-        if path != "-":
-            say(f"{kind}: {path}")
 
 
 def _targets(json: str | None, csv: str | None, html: str | None, force: bool) -> dict[str, str]:

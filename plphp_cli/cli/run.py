@@ -12,14 +12,15 @@ from plphp_cli.cli.output import (
     Answer,
     live_is_possible,
     live_view,
+    print_error,
     print_lines,
     say,
     stderr_console,
+    write_files,
     write_stdout,
 )
 from plphp_cli.cli.session import PRUNED, UNPRUNED, RunRequest, RunSession
-from plphp_cli.errors import UsageError
-from plphp_cli.files import write_text
+from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.images import load_image
 from plphp_cli.reports.terminal import config_line, run_report
 from plphp_cli.results import to_json
@@ -117,12 +118,18 @@ def execute(request: "RunRequest", *, json_target: str | None, force: bool, live
             failure = None if interrupted else explained(error)
             if failure is not None and not (session.answered or isinstance(failure, BrokenPipeError)):
                 raise
+        interrupts.hold()
         if interrupted or isinstance(failure, BrokenPipeError):
             session.interrupt()
-        _finish(session, answer, json_target, force, interrupted, failure)
+        unwritten = _finish(session, answer, json_target, force, interrupted, failure)
+    if unwritten is not None:
+        if failure is not None or interrupted:
+            print_error(unwritten.message, unwritten.hint)
+        else:
+            raise unwritten
     if failure is not None:
         raise failure
-    return interrupts.exit_code if interrupted else 0
+    return interrupts.exit_code if interrupts.received is not None else 0
 
 
 def _work(session: RunSession, answer: Answer, baseline: bool, with_view: bool) -> None:
@@ -143,15 +150,18 @@ def _finish(
     force: bool,
     interrupted: bool,
     failure: Exception | None,
-) -> None:
-    """Write the record, then print the report: an impatient Ctrl-C costs the report first."""
+) -> PLPHPError | None:
+    """Write the record, then print the report: an impatient Ctrl-C costs the report first.
+
+    Returns why the record could not be written, if it could not.
+    """
     unread = isinstance(failure, BrokenPipeError)
     notes = [] if failure is None or unread else [f"the unpruned arm failed: {failure}"]
     record = session.record(interrupted or unread, notes)
-    if json_target is not None and json_target != "-":
-        write_text(json_target, to_json(record) + "\n", force)
+    wanted = {} if json_target in (None, "-") else {"record": (json_target, lambda: to_json(record) + "\n")}
+    unwritten = write_files(wanted, force)
     if unread:
-        return
+        return unwritten
     answer.end()
     if json_target == "-":
         write_stdout(to_json(record))
@@ -161,5 +171,4 @@ def _finish(
         print_lines(run_report(record, console.width, colour), console)
     if interrupted:
         say("interrupted" if session.started else "interrupted before anything was generated")
-    if json_target is not None and json_target != "-":
-        say(f"record: {json_target}")
+    return unwritten

@@ -102,8 +102,9 @@ def _messages(images: Sequence[LoadedImage], text: str, system: str | None) -> l
     pieces = text.split(PLACEHOLDER)
     placed = len(pieces) - 1
     if placed and placed != len(images):
+        given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
         raise ImageError(
-            f"the prompt holds {placed} {PLACEHOLDER}, but {len(images)} images are given",
+            f"the prompt holds {placed} {PLACEHOLDER}, but {given} given",
             hint=f"write {PLACEHOLDER} once per image, or leave it out to put the images first",
         )
     if system is not None and PLACEHOLDER in system:
