@@ -26,7 +26,7 @@ from plphp_cli.builtin.dialogue import (
     prefix_text,
     special_ids,
 )
-from plphp_cli.builtin.questions import ask, caption, sample_group
+from plphp_cli.builtin.questions import Group, ask, caption, sample_group
 from plphp_cli.builtin.scenes import Box, Scene, Split
 from plphp_cli.builtin.tower import draw_batch
 
@@ -83,76 +83,109 @@ def sample_batch(
     groups = [sample_group(rng, split, images, most=most) for _ in range(rows)]
     system = rng.choice(SYSTEM_PROMPTS)
     ids_of = special_ids(tokenizer)
-    if told:
-        prefixes = [
-            tokenizer.encode(described_prefix(system, [caption(s) for s in g.scenes])).ids for g in groups
-        ]
-        width = max(map(len, prefixes))
-        filler = tokenizer.encode("\n").ids
-        prefixes = [ids + filler * (width - len(ids)) for ids in prefixes]
-    else:
-        ids = tokenizer.encode(prefix_text(system, images)).ids
-        wide = [t for i in ids for t in ([i] * VISION_TOKENS if i == ids_of[IMAGE] else [i])]
-        prefixes = [wide] * rows
+    prefixes = _prefixes(tokenizer, groups, system, told)
     prefix = len(prefixes[0])
-
-    rows_of_blocks = []
-    for group in groups:
-        asked = ask(rng, group, blocks, long_share=LONG_SHARE)
-        texts = [text for qa in asked for text in (qa.question, qa.answer, qa.conclusion)]
-        encoded = tokenizer.encode_batch(texts)
-        pairs = [
-            ([*question.ids, ids_of[ASSISTANT]], [*answer.ids, ids_of[EOS]], qa.kind, len(conclusion.ids) + 1)
-            for qa, question, answer, conclusion in zip(
-                asked, encoded[::3], encoded[1::3], encoded[2::3], strict=True
-            )
-        ]
-        rows_of_blocks.append(sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1])))
-    lengths = [max(len(row[k][0]) + len(row[k][1]) - 1 for row in rows_of_blocks) for k in range(blocks)]
+    asked = [_blocks(tokenizer, rng, group, blocks) for group in groups]
+    lengths = [max(len(row[k].question) + len(row[k].answer) - 1 for row in asked) for k in range(blocks)]
     packing = _group(prefix, lengths)
     slots = [tokens for count, tokens in packing.groups for _ in range(count)]
-
-    total = prefix + sum(slots)
-    token_ids = np.full((rows, total), ids_of[PAD], np.int64)
-    targets = np.full((rows, total), -100, np.int64)
-    weights = np.zeros((rows, total), np.float32)
-    generated = np.zeros((rows, total), bool)
-    block_of = np.full((rows, total), -1, np.int64)
-    positions = np.arange(prefix)
-    positions = np.concatenate([positions, *(prefix + np.arange(tokens) for tokens in slots)])
-    for row, pairs in enumerate(rows_of_blocks):
-        token_ids[row, :prefix] = prefixes[row]
-        start = prefix
-        for number, ((question, answer, _, end), tokens) in enumerate(zip(pairs, slots, strict=True)):
-            whole = question + answer
-            token_ids[row, start : start + len(whole) - 1] = whole[:-1]
-            first = start + len(question) - 1
-            targets[row, first : first + len(answer)] = answer
-            block_of[row, first : first + len(answer)] = number
-            generated[row, first + 1 : first + len(answer)] = True
-            weights[row, first : first + len(answer)] = len(answer) ** -0.25
-            # The conclusion of a long answer is a few tokens of many, and the hardest.
-            weights[row, first + max(1, len(answer) - max(3, end)) : first + len(answer)] *= 3
-            start += tokens
-    image_mask = torch.from_numpy(token_ids[0] == ids_of[IMAGE])
+    filled = _fill(prefixes, asked, slots, ids_of[PAD])
+    image_mask = filled.ids[0] == ids_of[IMAGE]
     if dropout and not told:
-        packing = replace(packing, dropout=_dropout(rng, packing, image_mask, torch.from_numpy(generated)))
+        packing = replace(packing, dropout=_dropout(rng, packing, image_mask, filled.generated))
     drawn = None
     if not told:
         scenes = [scene for group in groups for scene in group.scenes]
         drawn = draw_batch(scenes, [seed for group in groups for seed in group.seeds], rng)
+    places = [torch.arange(prefix), *(prefix + torch.arange(tokens) for tokens in slots)]
     return Batch(
-        ids=torch.from_numpy(token_ids),
-        positions=torch.from_numpy(positions).expand(rows, -1),
-        targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(weights),
-        blocks=torch.from_numpy(block_of),
+        ids=filled.ids,
+        positions=torch.cat(places).expand(rows, -1),
+        targets=filled.targets,
+        weights=filled.weights,
+        blocks=filled.blocks,
         packing=packing,
         image_mask=image_mask,
         pixels=None if drawn is None else drawn[0],
-        kinds=[[kind for _, _, kind, _ in pairs] for pairs in rows_of_blocks],
+        kinds=[[block.kind for block in row] for row in asked],
         placed=[] if drawn is None else drawn[1],
     )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One question with its answer, as token ids; ``conclusion`` is how many of the last ones weigh more."""
+
+    question: list[int]
+    answer: list[int]
+    kind: str
+    conclusion: int
+
+
+@dataclass
+class _Rows:
+    """Tensors [B, S] of a batch; see ``Batch``. ``generated``: tokens that the model says itself."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    generated: torch.Tensor
+    blocks: torch.Tensor
+
+
+def _prefixes(tokenizer: Tokenizer, groups: list[Group], system: str, told: bool) -> list[list[int]]:
+    """What stands before the questions in each row, all of one length."""
+    if told:
+        texts = [described_prefix(system, [caption(scene) for scene in group.scenes]) for group in groups]
+        prefixes = [tokenizer.encode(text).ids for text in texts]
+        width = max(map(len, prefixes))
+        filler = tokenizer.encode("\n").ids
+        return [ids + filler * (width - len(ids)) for ids in prefixes]
+    image = special_ids(tokenizer)[IMAGE]
+    ids = tokenizer.encode(prefix_text(system, len(groups[0].scenes))).ids
+    return [[t for i in ids for t in ([i] * VISION_TOKENS if i == image else [i])]] * len(groups)
+
+
+def _blocks(tokenizer: Tokenizer, rng: random.Random, group: Group, count: int) -> list[_Block]:
+    """``count`` questions about a group, the shortest first."""
+    ids_of = special_ids(tokenizer)
+    asked = ask(rng, group, count, long_share=LONG_SHARE)
+    encoded = tokenizer.encode_batch([t for qa in asked for t in (qa.question, qa.answer, qa.conclusion)])
+    blocks = [
+        _Block(
+            [*question.ids, ids_of[ASSISTANT]],
+            [*answer.ids, ids_of[EOS]],
+            qa.kind,
+            # The conclusion of a long answer is a few tokens of many, and the hardest; the end belongs to it.
+            max(3, len(conclusion.ids) + 1),
+        )
+        for qa, question, answer, conclusion in zip(
+            asked, encoded[::3], encoded[1::3], encoded[2::3], strict=True
+        )
+    ]
+    return sorted(blocks, key=lambda block: len(block.question) + len(block.answer))
+
+
+def _fill(prefixes: list[list[int]], rows: list[list[_Block]], slots: list[int], pad: int) -> _Rows:
+    """Lay the rows out: the prefix, then each block at the start of its slot."""
+    prefix, shape = len(prefixes[0]), (len(rows), len(prefixes[0]) + sum(slots))
+    ids, targets = np.full(shape, pad, np.int64), np.full(shape, -100, np.int64)
+    weights, generated = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    block_of = np.full(shape, -1, np.int64)
+    for row, blocks in enumerate(rows):
+        ids[row, :prefix] = prefixes[row]
+        start = prefix
+        for number, (block, tokens) in enumerate(zip(blocks, slots, strict=True)):
+            whole, count = block.question + block.answer, len(block.answer)
+            ids[row, start : start + len(whole) - 1] = whole[:-1]
+            first = start + len(block.question) - 1
+            targets[row, first : first + count] = block.answer
+            block_of[row, first : first + count] = number
+            generated[row, first + 1 : first + count] = True
+            weights[row, first : first + count] = count**-0.25
+            weights[row, first + max(1, count - block.conclusion) : first + count] *= 3
+            start += tokens
+    return _Rows(*map(torch.from_numpy, (ids, targets, weights, generated, block_of)))
 
 
 def _group(prefix: int, lengths: list[int]) -> Packing:
