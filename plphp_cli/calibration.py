@@ -101,7 +101,7 @@ def calibrate(
             [0, 1].
         UnsupportedError: the model cannot be pruned, with the reason.
     """
-    _check_quantiles(quantiles)
+    check_quantiles(quantiles)
     return settle(survey(loaded, prompts, max_new_tokens, progress), base, quantiles)
 
 
@@ -142,7 +142,7 @@ def survey(
 
 def settle(found: Survey, base: PLPHPConfig, quantiles: tuple[float, float] = TERCILES) -> CalibrationRecord:
     """The setting that a survey leads to. Arguments and errors are those of `calibrate`."""
-    low, high = _check_quantiles(quantiles)
+    low, high = check_quantiles(quantiles)
     gammas = found.gammas
     gamma = _means(gammas)
     need = _means(found.needs) if found.needs else (None,) * len(gamma)
@@ -160,7 +160,8 @@ def settle(found: Survey, base: PLPHPConfig, quantiles: tuple[float, float] = TE
     )
 
 
-def _check_quantiles(quantiles: tuple[float, float]) -> tuple[float, float]:
+def check_quantiles(quantiles: tuple[float, float]) -> tuple[float, float]:
+    """The two, if they are ascending in [0, 1]. Raises `UsageError`."""
     low, high = quantiles
     if not 0 <= low <= high <= 1:
         raise UsageError(f"quantiles = {low:g} {high:g}; expected two ascending numbers in [0, 1]")

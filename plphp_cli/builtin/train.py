@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from plphp_cli.builtin.choose import SURVEYED, Candidate, choose, table
+from plphp_cli.builtin.choose import PROMPTS, SURVEYED, Candidate, choose, table
 from plphp_cli.builtin.dialogue import load_tokenizer, processor
 from plphp_cli.builtin.optimization import launch
 from plphp_cli.builtin.train_model import Learner, train_model
@@ -46,7 +46,10 @@ def ship_setting(folder: Path, seed: int) -> list[Candidate]:
     """Choose the exported model's setting on training scenes and put it beside the model."""
     candidates = choose(load(str(folder), dtype="float32", device="cpu"), seed, print)
     config = candidates[0].record.config
-    shipped = config.replace(calibrated_on=f"builtin, {SURVEYED} prompts about training scenes")
+    origin = (
+        f"builtin, {SURVEYED} prompts about training scenes; r, delta_r, scope and exempt layers by {PROMPTS}"
+    )
+    shipped = config.replace(calibrated_on=origin)
     shipped.to_file(folder / CONFIG_NAME, force=True)
     return candidates
 

@@ -1,7 +1,7 @@
 """`plphp calibrate`: set alpha and beta on a model's own scale of gamma, and find the layers not to cut."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,10 +14,6 @@ from plphp_cli.files import check_writable, write_text
 from plphp_cli.images import load_image
 from plphp_cli.reports.calibration import calibration_report
 from plphp_cli.serialize import to_json
-
-if TYPE_CHECKING:
-    from plphp_cli.models import LoadedModel
-    from plphp_cli.prompt import Prompt
 
 OutOption = Annotated[
     str, typer.Option("--out", metavar="FILE", help="Config file to write.", rich_help_panel="Output")
@@ -61,12 +57,13 @@ def calibrate(
     alpha and beta become quantiles of the model's own gamma. Layers whose need stands far out are never cut,
     beside those that --skip-layers names.
     """
-    from plphp_cli.calibration import TERCILES
+    from plphp_cli.calibration import TERCILES, check_quantiles
 
     check_writable(Path(out), force)
     opt.check_json_target(json, force)
     if quantiles is not None and len(quantiles) != 2:
         raise UsageError(f"{len(quantiles)} quantiles were given; expected two", hint="e.g. 0.33 0.67")
+    low, high = check_quantiles(TERCILES if quantiles is None else (quantiles[0], quantiles[1]))
     examples = _examples(image, prompt, data, system)
     base = PLPHPConfig.from_file(config) if config is not None else PLPHPConfig()
     base = base.replace(
@@ -75,14 +72,18 @@ def calibrate(
         )
     )
     opt.check_generation(max_new_tokens, None, None, 0)
+    pictures = [[load_image(path, max_pixels) for path in example.images] for example in examples]
+    opt.check_model(model)
 
     from plphp_cli.calibration import calibrate as measure
-    from plphp_cli.models import load
+    from plphp_cli.models import load, prepare
 
     say(f"loading {model}")
     loaded = load(model, dtype=dtype, device=device, attn=attn)
-    prompts = [_prepare(loaded, example, max_pixels) for example in examples]
-    low, high = TERCILES if quantiles is None else quantiles
+    prompts = [
+        prepare(loaded, images, example.prompt, example.system)
+        for images, example in zip(pictures, examples, strict=True)
+    ]
     record = measure(
         loaded,
         prompts,
@@ -112,10 +113,3 @@ def _examples(
     if not image:
         raise UsageError("no image was given", hint="name files with --image, or prompts with --data")
     return [Example(tuple(map(Path, image)), opt.read_prompt(prompt), system=system)]
-
-
-def _prepare(loaded: "LoadedModel", example: Example, max_pixels: int | None) -> "Prompt":
-    from plphp_cli.models import prepare
-
-    images = [load_image(path, max_pixels) for path in example.images]
-    return prepare(loaded, images, example.prompt, example.system)
