@@ -1,3 +1,4 @@
+import contextlib
 import signal
 
 import pytest
@@ -25,10 +26,8 @@ def test_the_first_signal_stops_the_work_and_the_shell_is_told_which(number):
 def test_a_swallowed_interrupt_is_raised_again():
     with Interrupts() as interrupts:
         interrupts.check()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            pass
         with pytest.raises(KeyboardInterrupt):
             interrupts.check()
 

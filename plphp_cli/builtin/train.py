@@ -46,9 +46,8 @@ def ship_setting(folder: Path, seed: int) -> list[Candidate]:
     """Choose the exported model's setting on training scenes and put it beside the model."""
     candidates = choose(load(str(folder), dtype="float32", device="cpu"), seed, print)
     config = candidates[0].record.config
-    origin = (
-        f"builtin, {SURVEYED} prompts about training scenes; r, delta_r, scope and exempt layers by {PROMPTS}"
-    )
+    thresholds = f"builtin, {SURVEYED} prompts about training scenes"
+    origin = f"{thresholds}; r, delta_r, scope and exempt layers by {PROMPTS} of them"
     shipped = config.replace(calibrated_on=origin)
     shipped.to_file(folder / CONFIG_NAME, force=True)
     return candidates
