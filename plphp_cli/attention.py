@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from plphp_cli import families
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
@@ -54,6 +55,7 @@ class Pruner:
     Attributes:
         policy: what decides the cuts; None is the unpruned arm (in-place cache, nothing scored, nothing cut).
         room: new tokens to make room for at the next prefill; None when unknown. `generate` sets it.
+        image_tokens: vision tokens of each image of the next prompt; None when unknown. `prefill` sets it.
         sequences: the prompts of the latest generate call or prefill.
         around_cut: opened around each layer's scores and gather, for whoever wants to time them.
     """
@@ -61,10 +63,12 @@ class Pruner:
     def __init__(self, model: Any, policy: Policy | None, keep_attention: bool = False) -> None:
         self.policy = policy
         self.room: int | None = None
+        self.image_tokens: Sequence[int] | None = None
         self.sequences: tuple[SequenceState, ...] = ()
         self.around_cut: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self._model = model
         self._keep_attention = keep_attention
+        families.refuse_type(model.config)
         self._kinds = layer_kinds(model.config)
         _check_layers(policy, len(self._kinds))
         self._parameters = list(inspect.signature(model.forward).parameters)
@@ -132,7 +136,7 @@ class Pruner:
             refuse_forward(inputs)
             self.sequences = ()
             inputs = encode_images(model, inputs)
-            forward.vision = find_vision_tokens(model.config, inputs)
+            forward.vision = find_vision_tokens(model.config, inputs, self.image_tokens)
             layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
             forward.cache.layers = [
                 PrunableLayer() if kind == FULL else layer

@@ -188,11 +188,11 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
     if "position_ids" in parameters:
         positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
     inputs = encode_images(model, inputs)
-    pruner.room = room
+    pruner.room, pruner.image_tokens = room, prompt.image_tokens
     try:
         output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
     finally:
-        pruner.room = None
+        pruner.room = pruner.image_tokens = None
     last = None if positions is None else positions[..., -1:]
     return Prefilled(ids, output.past_key_values, output.logits[0, -1].float(), last, pruner.sequences[0])
 

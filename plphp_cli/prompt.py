@@ -20,6 +20,7 @@ class Prompt:
         prompt_tokens: length N of the prompt in tokens, vision tokens included.
         vision_tokens: n_v, the prompt positions that hold vision tokens; 0 for a text prompt.
         preprocess_s: seconds from decoded images and text to `inputs` on the device.
+        image_tokens: vision tokens of each image, in the same order; None when the processor did not tell.
         notes: what was done unasked, in words: an image turned, a missing chat template replaced.
     """
 
@@ -29,4 +30,5 @@ class Prompt:
     prompt_tokens: int
     vision_tokens: int
     preprocess_s: float
+    image_tokens: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()

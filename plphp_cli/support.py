@@ -13,10 +13,36 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from plphp_cli import families
 from plphp_cli.errors import UnsupportedError
+from plphp_cli.vision import IMAGE_TOKEN_NAMES, image_token_id
 
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
 _KINDS = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING, LinearAttentionLayer: LINEAR}
+
+
+def check_model(config: Any) -> families.Family:
+    """The family of a model, from its config alone; refused unless the invariants are proven on it.
+
+    Raises:
+        UnsupportedError: the assumption that fails, in one sentence: how its layers attend and cache, which
+            token stands for its images, or that its type is not among the families proven.
+    """
+    families.refuse_type(config)
+    layer_kinds(config)
+    model = type(config).__name__
+    if image_token_id(config) is None:
+        raise UnsupportedError(
+            f"{model} names no image token, so vision tokens cannot be told from text",
+            hint=f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config",
+        )
+    family = families.find(config.model_type)
+    if family is None:
+        raise UnsupportedError(
+            f"model type {config.model_type} is not among the families on which pruning is proven to be right",
+            hint="`plphp models` lists them; in Python, `prune(model, ...)` tries it unproven",
+        )
+    return family
 
 
 def layer_kinds(config: Any) -> tuple[str, ...]:
@@ -27,7 +53,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
 
     Raises:
         UnsupportedError: an encoder-decoder; latent, shared, cross- or chunked attention; no full layer at
-        all.
+        all; layers that transformers' cache cannot lay out.
     """
     text = config.get_text_config(decoder=True)
     model = type(config).__name__
@@ -35,7 +61,7 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         raise UnsupportedError(
             f"{model}: an encoder-decoder, whose vision tokens are not in the decoder's cache"
         )
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _in_any_layer(text, "kv_lora_rank"):
         raise UnsupportedError(
             f"{model}: latent attention (MLA), whose cache has no keys and values per head"
         )
@@ -47,7 +73,12 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         )
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         raise UnsupportedError(f"{model}: chunked attention")
-    layers = DynamicCache(config=text).layers
+    try:
+        layers = DynamicCache(config=text).layers
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{model}: transformers' cache cannot lay out its layers ({type(error).__name__}: {error})"
+        ) from error
     for layer in layers:
         if type(layer) not in _KINDS:
             raise UnsupportedError(f"{model}: layers cached as {type(layer).__name__}")
@@ -55,6 +86,12 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
     if FULL not in kinds:
         raise UnsupportedError(f"{model}: no full-attention layer, so there is no vision cache to prune")
     return kinds
+
+
+def _in_any_layer(text: Any, name: str) -> bool:
+    """Whether any decoder layer has the setting; a config may state it per layer, and then not as a whole."""
+    layers = getattr(text, "per_layer_config", None) or [text]
+    return any(getattr(layer, name, None) is not None for layer in layers)
 
 
 def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plphp_cli import families
 from plphp_cli.errors import ImageError, UnsupportedError
 from plphp_cli.pruning import Span
 
 # Where the families' configs say which id stands for one vision token of an image, and of a video.
-_IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
+IMAGE_TOKEN_NAMES = ("image_token_id", "image_token_index")
 _VIDEO_TOKEN_NAMES = ("video_token_id", "video_token_index")
 _PIXELS = "pixel_values"
+_VIDEO_PIXELS = "pixel_values_videos"
 _ENCODED = "mm_encoder_outputs"
 
 
@@ -33,7 +35,7 @@ class VisionTokens:
 
 def image_token_id(config: Any) -> int | None:
     """The id that stands for one vision token in a prompt; None if the model's config names none."""
-    return _first_id(config, _IMAGE_TOKEN_NAMES)
+    return _first_id(config, IMAGE_TOKEN_NAMES)
 
 
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,12 +53,16 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     return {**{k: v for k, v in inputs.items() if k != _PIXELS}, _ENCODED: {"image": features}}
 
 
-def find_vision_tokens(config: Any, inputs: Mapping[str, Any]) -> VisionTokens:
+def find_vision_tokens(
+    config: Any, inputs: Mapping[str, Any], image_tokens: Sequence[int] | None = None
+) -> VisionTokens:
     """Find the vision tokens of one prompt from what its prefill is called with.
 
     Args:
         config: the model's config.
         inputs: the keyword arguments of the forward call: `input_ids` [1, N], pixels or encoded images.
+        image_tokens: vision tokens of each image, where the processor told; else the family's features may
+            tell.
 
     Raises:
         ImageError: the prompt's vision tokens are not as many as its images expand to.
@@ -67,10 +73,12 @@ def find_vision_tokens(config: Any, inputs: Mapping[str, Any]) -> VisionTokens:
     if token is None:
         raise UnsupportedError(
             f"{type(config).__name__} names no image token, so vision tokens cannot be told from text",
-            hint=f"expected one of {', '.join(_IMAGE_TOKEN_NAMES)} in the model's config",
+            hint=f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config",
         )
     video = _first_id(config, _VIDEO_TOKEN_NAMES)
-    if video is not None and video != token and bool((ids == video).any()):
+    # Some families spell a video's frames with the image token: its pixels tell.
+    shown = video is not None and video != token and bool((ids == video).any())
+    if shown or inputs.get(_VIDEO_PIXELS) is not None:
         raise UnsupportedError(
             "the prompt holds video tokens; only images are pruned", hint="pass frames as images"
         )
@@ -85,11 +93,20 @@ def find_vision_tokens(config: Any, inputs: Mapping[str, Any]) -> VisionTokens:
             f"the prompt holds {positions.numel()} vision tokens, but its images expand to {sum(counts)}",
             hint="give one image per image placeholder, prepared by the model's own processor",
         )
-    if isinstance(features, Tensor):
-        # One tensor [tiles, tokens, width] does not say which tiles make up an image.
-        return VisionTokens(positions, None if len(counts) > 1 else ((0, counts[0]),))
-    stops = torch.tensor(counts, dtype=torch.long).cumsum(0).tolist()
+    if image_tokens is None and _entries_are_images(config, len(counts)):
+        image_tokens = counts
+    if image_tokens is None or sum(image_tokens) != positions.numel():
+        return VisionTokens(positions, None)
+    stops = torch.tensor(image_tokens, dtype=torch.long).cumsum(0).tolist()
     return VisionTokens(positions, tuple(zip([0, *stops[:-1]], stops, strict=False)))
+
+
+def _entries_are_images(config: Any, entries: int) -> bool:
+    """Whether each of so many entries of the encoder's features is the whole of one image."""
+    family = families.find(config.model_type)
+    if family is None:
+        return False
+    return family.features == families.IMAGE or (family.features == families.TILE and entries <= 1)
 
 
 def _first_id(config: Any, names: Sequence[str]) -> int | None:

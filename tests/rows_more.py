@@ -3,7 +3,7 @@
 import torch
 from rows_idefics import in_tiles as in_one_stack
 from rows_llava import PINPOINTS, any_resolution, in_tiles, of_any_size
-from rows_qwen import IDS, MROPE, in_patches
+from rows_qwen import IDS, in_patches, mrope
 from rows_qwen import TOWER as PATCHES
 from toys import HYBRID, IMAGE, TEXT, TOWER, VIDEO, VISION_END, VISION_START, Family, pixels, prompt_ids
 from toys import randomised
@@ -66,7 +66,7 @@ def vipllava(seed: int = 0) -> Family:
         {"input_ids": prompt_ids([16, 16], seed), "pixel_values": images[:2]},
         {"input_ids": prompt_ids([16], seed + 1), "pixel_values": images[2:]},
     )
-    return Family("vipllava", model, prompts, tells_images=False)
+    return Family("vipllava", model, prompts)
 
 
 def llava_next_video(seed: int = 0) -> Family:
@@ -172,7 +172,7 @@ def lfm2_vl(seed: int = 0) -> Family:
             }
         )
     model = randomised(Lfm2VlForConditionalGeneration(config), seed)
-    return Family("lfm2_vl", model, tuple(prompts))
+    return Family("lfm2_vl", model, tuple(prompts), tells_images=False)
 
 
 def qwen3_vl_moe(seed: int = 0) -> Family:
@@ -180,7 +180,7 @@ def qwen3_vl_moe(seed: int = 0) -> Family:
         vision_config={**PATCHES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
         text_config={
             **TEXT,
-            **MROPE,
+            **mrope(),
             "head_dim": 16,
             "num_experts": 4,
             "num_experts_per_tok": 2,
@@ -197,9 +197,9 @@ def qwen3_5(seed: int = 0) -> Family:
         vision_config={**PATCHES, "num_position_embeddings": 64},
         text_config={
             **TEXT,
-            **MROPE,
+            **mrope(),
             "num_hidden_layers": 4,
-            "head_dim": 16,
+            "head_dim": 64,
             "layer_types": ["linear_attention", "full_attention"] * 2,
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
@@ -214,7 +214,7 @@ def qwen3_5(seed: int = 0) -> Family:
 def glm46v(seed: int = 0) -> Family:
     config = Glm46VConfig(
         vision_config={**PATCHES, "model_type": "glm4v_vision", "image_size": 32},
-        text_config={**TEXT, **MROPE, "model_type": "glm4v_text"},
+        text_config={**TEXT, **mrope(), "model_type": "glm4v_text"},
         **GLM_IDS,
     )
     return in_patches("glm46v", Glm46VForConditionalGeneration(config), seed)
@@ -222,7 +222,7 @@ def glm46v(seed: int = 0) -> Family:
 
 def glm_ocr(seed: int = 0) -> Family:
     config = GlmOcrConfig(
-        vision_config={**PATCHES, "image_size": 32}, text_config={**TEXT, **MROPE, "head_dim": 16}, **GLM_IDS
+        vision_config={**PATCHES, "image_size": 32}, text_config={**TEXT, **mrope(), "head_dim": 16}, **GLM_IDS
     )
     return in_patches("glm_ocr", GlmOcrForConditionalGeneration(config), seed)
 
@@ -232,8 +232,8 @@ def glm4v_moe(seed: int = 0) -> Family:
         vision_config={**PATCHES, "image_size": 32},
         text_config={
             **TEXT,
-            **MROPE,
-            "head_dim": 16,
+            **mrope(),
+            "head_dim": 32,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,

@@ -19,7 +19,6 @@ IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
 TOWER = {
     "depth": 2,
     "hidden_size": 32,
@@ -29,6 +28,13 @@ TOWER = {
     "patch_size": 4,
     "spatial_merge_size": 2,
 }
+
+
+def mrope() -> dict:
+    """Anew each time: configs write into what they are given."""
+    return {
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    }
 
 
 def in_patches(name: str, model, seed: int) -> Family:
@@ -60,7 +66,7 @@ def qwen2_vl(seed: int = 0) -> Family:
             "patch_size": 4,
             "spatial_merge_size": 2,
         },
-        text_config={**TEXT, **MROPE},
+        text_config={**TEXT, **mrope()},
         **IDS,
     )
     return in_patches("qwen2_vl", Qwen2VLForConditionalGeneration(config), seed)
@@ -69,7 +75,7 @@ def qwen2_vl(seed: int = 0) -> Family:
 def qwen2_5_vl(seed: int = 0) -> Family:
     config = Qwen2_5_VLConfig(
         vision_config={**TOWER, "window_size": 16, "fullatt_block_indexes": [1]},
-        text_config={**TEXT, **MROPE},
+        text_config={**TEXT, **mrope()},
         **IDS,
     )
     return in_patches("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration(config), seed)
@@ -79,7 +85,7 @@ def qwen3_vl(seed: int = 0) -> Family:
     """DeepStack: features of two depths of the tower are added to the vision tokens of the first layers."""
     config = Qwen3VLConfig(
         vision_config={**TOWER, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
-        text_config={**TEXT, **MROPE, "head_dim": 16},
+        text_config={**TEXT, **mrope(), "head_dim": 16},
         **IDS,
     )
     return in_patches("qwen3_vl", Qwen3VLForConditionalGeneration(config), seed)
@@ -88,7 +94,7 @@ def qwen3_vl(seed: int = 0) -> Family:
 def glm4v(seed: int = 0) -> Family:
     config = Glm4vConfig(
         vision_config={**TOWER, "image_size": 32},
-        text_config={**TEXT, **MROPE},
+        text_config={**TEXT, **mrope()},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         image_start_token_id=VISION_START,

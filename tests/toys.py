@@ -43,7 +43,8 @@ Inputs = dict[str, Any]
 class Family:
     """A model that the laws are held on, and its prompts.
 
-    `tells_images` is False where it is not known which vision tokens belong to which image.
+    `tells_images` is False where it is not known which vision tokens belong to which image; `settings` names
+    those that the laws run through, None for all.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     prompts: tuple[Inputs, ...]
     processor: Any = None
     tells_images: bool = True
+    settings: tuple[str, ...] | None = None
 
     @property
     def loaded(self) -> Any:

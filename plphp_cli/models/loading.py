@@ -91,8 +91,7 @@ def _config(source: Source, config_json: dict[str, Any]) -> Any:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    from plphp_cli.support import layer_kinds
-    from plphp_cli.vision import image_token_id
+    from plphp_cli.support import check_model
 
     kind = config_json["model_type"]
     if kind not in CONFIG_MAPPING:
@@ -113,12 +112,7 @@ def _config(source: Source, config_json: dict[str, Any]) -> Any:
             f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
             hint="fetch or save the model again",
         ) from error
-    layer_kinds(config)
-    if image_token_id(config) is None:
-        raise ModelError(
-            f"config.json of {source.name} names no image token",
-            hint="PLPHP needs it to tell vision tokens from text",
-        )
+    check_model(config)
     return config
 
 
