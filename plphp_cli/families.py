@@ -109,5 +109,11 @@ def table() -> str:
     ]
     for family in FAMILIES:
         types = ", ".join(f"`{name}`" for name in family.types)
-        rows.append(f"| {family.title} | {types} | {family.traits} | {'yes' if family.torchvision else 'no'} |")
+        rows.append(
+            f"| {family.title} | {types} | {family.traits} | {'yes' if family.torchvision else 'no'} |"
+        )
     return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

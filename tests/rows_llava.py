@@ -1,8 +1,20 @@
 """Rows of families that put one tower's features before a language model: LLaVA and its descendants."""
 
 import torch
-from toys import HYBRID, IMAGE, TEXT, TOWER, VIDEO, VISION_END, VISION_START, Family, Inputs, pixels
-from toys import prompt_ids, randomised
+from toys import (
+    HYBRID,
+    IMAGE,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Inputs,
+    pixels,
+    prompt_ids,
+    randomised,
+)
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
@@ -136,9 +148,7 @@ def llava_onevision(seed: int = 0) -> Family:
     return any_resolution("llava_onevision", model, seed)
 
 
-def in_tiles(
-    name: str, model, seed: int, each: int = 16, *, size: tuple[int, int] = (32, 32)
-) -> Family:
+def in_tiles(name: str, model, seed: int, each: int = 16, *, size: tuple[int, int] = (32, 32)) -> Family:
     """Tiles of one size in one stack: 3 of the first image and 2 of the second; then 1. Nothing says whose."""
     prompts = []
     for tiles in ([3, 2], [1]):

@@ -5,17 +5,28 @@ from rows_idefics import in_tiles as in_one_stack
 from rows_llava import PINPOINTS, any_resolution, in_tiles, of_any_size
 from rows_qwen import IDS, in_patches, mrope
 from rows_qwen import TOWER as PATCHES
-from toys import HYBRID, IMAGE, TEXT, TOWER, VIDEO, VISION_END, VISION_START, Family, pixels, prompt_ids
-from toys import randomised
+from toys import (
+    HYBRID,
+    IMAGE,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    pixels,
+    prompt_ids,
+    randomised,
+)
 from transformers import (
     CLIPVisionConfig,
     Cohere2Config,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
-    Glm46VConfig,
-    Glm46VForConditionalGeneration,
     Glm4vMoeConfig,
     Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
     GlmOcrConfig,
     GlmOcrForConditionalGeneration,
     GotOcr2Config,
@@ -151,7 +162,8 @@ def lfm2_vl(seed: int = 0) -> Family:
             "vision_use_head": False,
         },
         text_config=Lfm2Config(
-            **{**TEXT, "num_hidden_layers": 4}, layer_types=["conv", "full_attention", "conv", "full_attention"]
+            **{**TEXT, "num_hidden_layers": 4},
+            layer_types=["conv", "full_attention", "conv", "full_attention"],
         ),
         image_token_id=IMAGE,
         projector_hidden_size=64,
@@ -222,7 +234,9 @@ def glm46v(seed: int = 0) -> Family:
 
 def glm_ocr(seed: int = 0) -> Family:
     config = GlmOcrConfig(
-        vision_config={**PATCHES, "image_size": 32}, text_config={**TEXT, **mrope(), "head_dim": 16}, **GLM_IDS
+        vision_config={**PATCHES, "image_size": 32},
+        text_config={**TEXT, **mrope(), "head_dim": 16},
+        **GLM_IDS,
     )
     return in_patches("glm_ocr", GlmOcrForConditionalGeneration(config), seed)
 

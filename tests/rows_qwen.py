@@ -32,9 +32,7 @@ TOWER = {
 
 def mrope() -> dict:
     """Anew each time: configs write into what they are given."""
-    return {
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    }
+    return {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}
 
 
 def in_patches(name: str, model, seed: int) -> Family:

@@ -44,9 +44,7 @@ def test_the_first_position_costs_exactly_nothing(kind):
         divergence = kl(reference, teacher_forced(kind.loaded, inputs, policy, ids))
         assert divergence[0] == 0
         assert divergence[1:].max() > 0
-    assert torch.equal(
-        kl(reference, teacher_forced(kind.loaded, inputs, None, ids)), torch.zeros(NEW_TOKENS)
-    )
+    assert torch.equal(kl(reference, teacher_forced(kind.loaded, inputs, None, ids)), torch.zeros(NEW_TOKENS))
 
 
 def test_an_answer_of_one_token_needs_no_decoding():

@@ -42,6 +42,12 @@ DataOption = Annotated[
 SystemOption = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message.", rich_help_panel=_INPUT)
 ]
+RawPromptOption = Annotated[
+    bool,
+    typer.Option(
+        "--raw-prompt", help="Send the text as typed, without the chat template.", rich_help_panel=_INPUT
+    ),
+]
 MaxPixelsOption = Annotated[
     int | None,
     typer.Option(

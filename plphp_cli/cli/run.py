@@ -31,6 +31,7 @@ def run(
     image: opt.ImageOption = None,
     prompt: opt.PromptOption = None,
     system: opt.SystemOption = None,
+    raw_prompt: opt.RawPromptOption = False,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
     dtype: opt.DtypeOption = "auto",
@@ -75,12 +76,15 @@ def run(
     text = opt.read_prompt(prompt)
     if system is not None:
         opt.check_text("system message", system)
+        if raw_prompt:
+            raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
     shown = tuple(load_image(path, max_pixels) for path in image)
     opt.check_model(model)
     request = RunRequest(
         images=shown,
         prompt=text,
         system=system,
+        raw_prompt=raw_prompt,
         model=model,
         config=chosen,
         config_origin=origin,

@@ -47,6 +47,7 @@ class RunRequest:
     device: str
     attn: str
     command: tuple[str, ...]
+    raw_prompt: bool = False
 
 
 class RunSession:
@@ -210,7 +211,9 @@ class RunSession:
 
         assert self._loaded is not None
         request = self._request
-        self._prompt = prepare(self._loaded, request.images, request.prompt, request.system)
+        self._prompt = prepare(
+            self._loaded, request.images, request.prompt, request.system, raw=request.raw_prompt
+        )
         self._check()
 
     def _settings(self, max_new_tokens: int) -> "Settings":

@@ -1,50 +1,44 @@
 """From decoded images and text to a model's inputs."""
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from plphp_cli.errors import ImageError, ModelError, UsageError
 from plphp_cli.images import LoadedImage
+from plphp_cli.models.conversation import (
+    PLACEHOLDER,
+    choose_template,
+    image_placeholder,
+    is_placed,
+    messages,
+)
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.loading import first_line, quiet
 from plphp_cli.prompt import Prompt
 
-# What a user types to place an image, whatever the model's own placeholder is.
-PLACEHOLDER = "<image>"
-
-# LLaVA-1.5's conversation, for a processor that brings no chat template of its own.
-FALLBACK_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}"
-    "{%- for part in message.content -%}{{- part.text -}}{%- endfor -%}{{- '\n\n' -}}"
-    "{%- else -%}"
-    "{{- 'USER: ' -}}"
-    "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- IMAGE_TOKEN ~ '\n' -}}{%- else -%}{{- part.text -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{{- '\n' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{{- 'ASSISTANT:' -}}"
-)
-
 
 def prepare(
-    loaded: LoadedModel, images: Sequence[LoadedImage], prompt_text: str, system: str | None = None
+    loaded: LoadedModel,
+    images: Sequence[LoadedImage],
+    prompt_text: str,
+    system: str | None = None,
+    *,
+    raw: bool = False,
 ) -> Prompt:
     """Apply the chat template, expand the images, and put the inputs on the model's device.
 
     `<image>` in the text places the images, in order; without it they come first. Any other special token of
     the model that the user typed is read as plain text. A processor without a chat template gets LLaVA-1.5's
-    conversation (`USER: ... ASSISTANT:`), and the prompt's notes say so.
+    conversation (`USER: ... ASSISTANT:`), or none where the family has none, and the prompt's notes say so.
 
     Args:
         loaded: the model.
         images: decoded images, in order; none for a text prompt.
         prompt_text: the user's text.
         system: a system message, or None for the template's own.
+        raw: send the text as typed, special tokens included, without a chat template. The model's own image
+            placeholder places the images, too.
 
     Raises:
         UsageError: the text is blank or not Unicode, or the template has no place for a system message.
@@ -54,14 +48,18 @@ def prepare(
     _check_text("prompt", prompt_text)
     if system is not None:
         _check_text("system message", system)
-    messages = _messages(images, prompt_text, system)
-    template, notes = _template(loaded)
-    typed = _special_tokens(loaded, *prompt_text.split(PLACEHOLDER), system or "")
+    if raw and system is not None:
+        raise UsageError("a raw prompt has no system message", hint="write it into the prompt")
+    own = image_placeholder(loaded)
+    conversation = messages(images, prompt_text, system, own if raw and own in prompt_text else PLACEHOLDER)
+    template, notes = choose_template(loaded, raw)
+    typed = [] if raw else _special_tokens(loaded, *prompt_text.split(PLACEHOLDER), system or "")
     started = time.perf_counter()
     with quiet():
-        text = _render(loaded, messages, template)
-        batch = _process(loaded, messages, template, sanitize=bool(typed))
+        text = _render(loaded, conversation, template)
+        batch = _process(loaded, conversation, template, sanitize=bool(typed))
         expanded = batch.pop("text_replacement_offsets", None)
+        batch.pop("labels", None)  # PaliGemma's processor makes them, for training
         inputs = dict(batch.to(device=loaded.device, dtype=loaded.dtype))
         _synchronize(loaded.device)
     preprocess_s = time.perf_counter() - started
@@ -69,7 +67,9 @@ def prepare(
         raise UsageError(
             "this model's chat template has no place for a system message", hint="put it into the prompt"
         )
-    vision_tokens = _vision_tokens(loaded, inputs, expanded, len(images))
+    vision_tokens, image_tokens = _vision_tokens(loaded, inputs, expanded, len(images))
+    if PLACEHOLDER in prompt_text and not is_placed(text, conversation, own):
+        notes.append(f"this model's chat template puts images elsewhere than where {PLACEHOLDER} stands")
     prompt_tokens = inputs["input_ids"].shape[1]
     notes += [f"{image.path}: {note}" for image in images for note in image.notes]
     if typed:
@@ -84,6 +84,7 @@ def prepare(
         prompt_tokens=prompt_tokens,
         vision_tokens=vision_tokens,
         preprocess_s=preprocess_s,
+        image_tokens=image_tokens,
         notes=tuple(notes),
     )
 
@@ -97,39 +98,6 @@ def _check_text(what: str, text: str) -> None:
         raise UsageError(f"the {what} is blank", hint="say what you want to know")
 
 
-def _messages(images: Sequence[LoadedImage], text: str, system: str | None) -> list[dict[str, Any]]:
-    """The conversation: images where the text places them, else first."""
-    pieces = text.split(PLACEHOLDER)
-    placed = len(pieces) - 1
-    if placed and placed != len(images):
-        given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
-        raise ImageError(
-            f"the prompt holds {placed} {PLACEHOLDER}, but {given} given",
-            hint=f"write {PLACEHOLDER} once per image, or leave it out to put the images first",
-        )
-    if system is not None and PLACEHOLDER in system:
-        raise ImageError(f"the system message holds {PLACEHOLDER}", hint="place images in the prompt")
-    shown: list[dict[str, Any]] = [{"type": "image", "image": image.image} for image in images]
-    content = [*shown, {"type": "text", "text": text}]
-    if placed:
-        content = [{"type": "text", "text": pieces[0]}]
-        for image, piece in zip(shown, pieces[1:], strict=True):
-            content += [image, {"type": "text", "text": piece}]
-        content = [part for part in content if part.get("text") != ""]
-    first = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system is not None else []
-    return [*first, {"role": "user", "content": content}]
-
-
-def _template(loaded: LoadedModel) -> tuple[str | None, list[str]]:
-    """The template to use in place of the processor's own (None: its own), and what to say about that."""
-    if getattr(loaded.processor, "chat_template", None):
-        return None, []
-    token = json.dumps(loaded.processor.image_token)
-    return FALLBACK_TEMPLATE.replace("IMAGE_TOKEN", token), [
-        "the model brings no chat template: LLaVA-1.5's is used (USER: ... ASSISTANT:)"
-    ]
-
-
 def _special_tokens(loaded: LoadedModel, *texts: str) -> list[str]:
     """The model's special tokens that occur in what the user typed."""
     added = loaded.processor.tokenizer.added_tokens_decoder.values()
@@ -139,21 +107,21 @@ def _special_tokens(loaded: LoadedModel, *texts: str) -> list[str]:
     return sorted(token for token in special if token.strip() and any(token in text for text in texts))
 
 
-def _render(loaded: LoadedModel, messages: list[dict[str, Any]], template: str | None) -> str:
+def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None) -> str:
     try:
         return loaded.processor.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True
+            conversation, chat_template=template, add_generation_prompt=True
         )
     except Exception as error:
         raise ModelError(f"the chat template of {loaded.name} fails: {first_line(error)}") from error
 
 
 def _process(
-    loaded: LoadedModel, messages: list[dict[str, Any]], template: str | None, sanitize: bool
+    loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None, sanitize: bool
 ) -> Any:
     try:
         return loaded.processor.apply_chat_template(
-            messages,
+            conversation,
             chat_template=template,
             add_generation_prompt=True,
             tokenize=True,
@@ -169,21 +137,29 @@ def _process(
         ) from error
 
 
-def _vision_tokens(loaded: LoadedModel, inputs: dict[str, Any], expanded: Any, images: int) -> int:
-    """n_v, checked against what the processor put in place of each image (`expanded`, where it says so)."""
+def _vision_tokens(
+    loaded: LoadedModel, inputs: dict[str, Any], expanded: Any, images: int
+) -> tuple[int, tuple[int, ...] | None]:
+    """n_v in all and of each image (None: not told), checked against what the processor put for each image.
+
+    `expanded` tells what it put, where it says so.
+    """
     from plphp_cli.vision import image_token_id
 
     token_id = image_token_id(loaded.model.config)
     token = loaded.processor.tokenizer.convert_ids_to_tokens(token_id)
     found = expected = int((inputs["input_ids"] == token_id).sum())
+    counts = None
     if expanded:
-        expected = sum(place["replacement"].count(token) for place in expanded[0] if place["type"] == "image")
+        places = [place for place in expanded[0] if place["type"] == "image"]
+        counts = tuple(place["replacement"].count(token) for place in places)
+        expected = sum(counts)
     if found != expected or bool(found) != bool(images):
         raise ImageError(
             f"the prompt holds {found} vision tokens, which is not what its {images} images expand to",
             hint="remove the model's own image token from the text",
         )
-    return found
+    return found, counts if counts is None or len(counts) == images else None
 
 
 def _synchronize(device: Any) -> None:
