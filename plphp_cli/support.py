@@ -39,7 +39,7 @@ def check_model(config: Any) -> families.Family:
     family = families.find(config.model_type)
     if family is None:
         raise UnsupportedError(
-            f"model type {config.model_type} is not among the families on which pruning is proven to be right",
+            f"model type {config.model_type} is not among those that pruning is proven to be right on",
             hint="`plphp models` lists them; in Python, `prune(model, ...)` tries it unproven",
         )
     return family

@@ -5,6 +5,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config):
+    import torchvision_ops
+
+    torchvision_ops.declare()
+
+
 def pytest_generate_tests(metafunc):
     for fixture, table in (("family", "FAMILIES"), ("kind", "KINDS"), ("relative", "RELATIVES")):
         if fixture in metafunc.fixturenames:

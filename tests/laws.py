@@ -66,7 +66,7 @@ _RUNS = WeakKeyDictionary()
 
 
 def pruned_answer(family, number, name):
-    """Tokens, logits and layers of the family's prompt `number` cut by a named setting; run once per model."""
+    """Tokens, logits and layers of the family's prompt `number` by a named setting; run once per model."""
     runs = _RUNS.setdefault(family.model, {})
     if (number, name) not in runs:
         with prune(family.model, SETTINGS[name]) as pruner:

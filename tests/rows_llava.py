@@ -149,7 +149,7 @@ def llava_onevision(seed: int = 0) -> Family:
 
 
 def in_tiles(name: str, model, seed: int, each: int = 16, *, size: tuple[int, int] = (32, 32)) -> Family:
-    """Tiles of one size in one stack: 3 of the first image and 2 of the second; then 1. Nothing says whose."""
+    """Tiles of one size in one stack: 3 of the first image and 2 of the second; then 1. None says whose."""
     prompts = []
     for tiles in ([3, 2], [1]):
         ids = prompt_ids([each * count for count in tiles], seed + len(prompts), MARKED, every=each)

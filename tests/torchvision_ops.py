@@ -1,0 +1,31 @@
+"""Make torchvision importable beside a build of torch that its own library was not linked for.
+
+The registry's torchvision is linked for the CUDA build of torch. Beside the build for CPUs alone its library
+does not load, its operators are not there, and importing it fails, though what processors use of it
+(resizing, normalising) is torch alone. Here the missing operators are declared, without any code behind them:
+the tests of the processors then run where 8 MB were installed, and not 5 GB.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+_KEPT = []
+
+
+def declare() -> None:
+    """Declare torchvision's operators, if torchvision is installed and cannot be imported without."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return
+    folder = Path(spec.submodule_search_locations[0])
+    if torch.version.cuda is not None:
+        return
+    source = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
+    found = re.findall(r'register_meta\("(\w+)"|torchvision::(\w+)', source)
+    library = torch.library.Library("torchvision", "DEF")
+    for name in sorted({first or second for first, second in found}):
+        library.define(f"{name}(Tensor x) -> Tensor")
+    _KEPT.append(library)  # the operators live as long as it does
