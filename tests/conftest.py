@@ -12,7 +12,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, table in (("family", "FAMILIES"), ("kind", "KINDS"), ("relative", "RELATIVES")):
+    for fixture, table in (("family", "FAMILIES"), ("specimen", "KINDS"), ("relative", "RELATIVES")):
         if fixture in metafunc.fixturenames:
             import families
 
@@ -26,7 +26,7 @@ def family(request):
 
 
 @pytest.fixture
-def kind(request):
+def specimen(request):
     """One family of each kind; a test that takes it runs on those alone."""
     return _load(request)
 

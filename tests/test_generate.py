@@ -21,23 +21,23 @@ def tokens_of(loaded, prompt, policy, **settings):
     return list(stream(loaded, prompt, policy, Settings(**settings)))[-1].token_ids
 
 
-def test_greedy_tokens_are_those_of_generate(kind):
-    for inputs in kind.prompts:
-        for policy in (None, *laws.settings_of(kind).values()):
-            with prune(kind.model, policy):
-                expected, _ = answer(kind.model, inputs)
+def test_greedy_tokens_are_those_of_generate(specimen):
+    for inputs in specimen.prompts:
+        for policy in (None, *laws.settings_of(specimen).values()):
+            with prune(specimen.model, policy):
+                expected, _ = answer(specimen.model, inputs)
             tokens = tokens_of(
-                kind.loaded, as_prompt(inputs), policy, max_new_tokens=laws.NEW_TOKENS, stop_at_eos=False
+                specimen.loaded, as_prompt(inputs), policy, max_new_tokens=laws.NEW_TOKENS, stop_at_eos=False
             )
             assert list(tokens) == expected.tolist()
 
 
-def test_logits_are_those_of_generate(kind):
-    inputs = kind.prompts[0]
-    with prune(kind.model, CUT) as pruner:
-        tokens, logits = answer(kind.model, inputs)
-        run = prefill(kind.loaded, as_prompt(inputs), pruner)
-        rows = [run.logits] + [advance(kind.loaded, run, token[None, None])[-1] for token in tokens[:-1]]
+def test_logits_are_those_of_generate(specimen):
+    inputs = specimen.prompts[0]
+    with prune(specimen.model, CUT) as pruner:
+        tokens, logits = answer(specimen.model, inputs)
+        run = prefill(specimen.loaded, as_prompt(inputs), pruner)
+        rows = [run.logits] + [advance(specimen.loaded, run, token[None, None])[-1] for token in tokens[:-1]]
     assert torch.equal(torch.stack(rows), logits)
 
 

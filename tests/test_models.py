@@ -280,7 +280,7 @@ def test_an_encoder_decoder(broken):
 
 def test_no_image_token(broken):
     change_config(broken, image_token_id=None)
-    refused(broken, "image token")
+    refused(broken, "image token", UnsupportedError)
 
 
 def test_missing_weights(broken):

@@ -12,7 +12,7 @@ from transformers.utils import is_torchvision_available
 
 from plphp_cli import families, models
 from plphp_cli.attention import prune
-from plphp_cli.errors import ImageError, ModelError, UsageError
+from plphp_cli.errors import ImageError, ModelError, UnsupportedError, UsageError
 from plphp_cli.generate import Settings, prefill, stream
 from plphp_cli.images import LoadedImage
 from plphp_cli.vision import image_token_id
@@ -141,6 +141,17 @@ def test_without_torchvision_the_message_names_the_extra(name, tmp_path, monkeyp
     with pytest.raises(ModelError, match="torchvision") as error:
         models.load(str(tmp_path), device="cpu")
     assert "plphp-cli[vision]" in error.value.hint
+
+
+def test_a_model_that_has_eager_attention_alone_says_so(tmp_path):
+    row_of("paligemma2").model.save_pretrained(tmp_path)
+    PROCESSORS["paligemma"].make().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="back-end sdpa") as error:
+        models.load(str(tmp_path), device="cpu", attn="sdpa")
+    assert error.value.hint == "use --attn eager"
+    prompt = models.prepare(loaded := models.load(str(tmp_path), device="cpu", attn="eager"), [WIDE], "what?")
+    *_, done = stream(loaded, prompt, laws.CUT, Settings(laws.NEW_TOKENS, stop_at_eos=False))
+    assert len(done.token_ids) == laws.NEW_TOKENS
 
 
 def test_the_table_says_which_processors_need_torchvision():

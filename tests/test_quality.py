@@ -18,12 +18,12 @@ def step_by_step(family, inputs, policy, ids):
     return torch.stack([run.logits, *rows])
 
 
-def test_one_chunk_equals_step_by_step(kind):
-    for inputs in kind.prompts:
-        ids = answer(kind.model, inputs)[0].tolist()
-        for name, policy in {"unpruned": None, **settings_of(kind)}.items():
-            chunk = teacher_forced(kind.loaded, as_prompt(inputs), policy, ids)
-            steps = step_by_step(kind, inputs, policy, ids)
+def test_one_chunk_equals_step_by_step(specimen):
+    for inputs in specimen.prompts:
+        ids = answer(specimen.model, inputs)[0].tolist()
+        for name, policy in {"unpruned": None, **settings_of(specimen)}.items():
+            chunk = teacher_forced(specimen.loaded, as_prompt(inputs), policy, ids)
+            steps = step_by_step(specimen, inputs, policy, ids)
             assert chunk.shape == (NEW_TOKENS, steps.shape[1])
             assert chunk.dtype == torch.float32
             worst = (chunk - steps).abs().max().item()
@@ -36,15 +36,17 @@ def test_one_chunk_equals_step_by_step_with_eager_attention():
     test_one_chunk_equals_step_by_step(family)
 
 
-def test_the_first_position_costs_exactly_nothing(kind):
-    inputs = as_prompt(kind.prompts[0])
-    ids = answer(kind.model, kind.prompts[0])[0].tolist()
-    reference = teacher_forced(kind.loaded, inputs, None, ids)
-    for policy in settings_of(kind).values():
-        divergence = kl(reference, teacher_forced(kind.loaded, inputs, policy, ids))
+def test_the_first_position_costs_exactly_nothing(specimen):
+    inputs = as_prompt(specimen.prompts[0])
+    ids = answer(specimen.model, specimen.prompts[0])[0].tolist()
+    reference = teacher_forced(specimen.loaded, inputs, None, ids)
+    for policy in settings_of(specimen).values():
+        divergence = kl(reference, teacher_forced(specimen.loaded, inputs, policy, ids))
         assert divergence[0] == 0
         assert divergence[1:].max() > 0
-    assert torch.equal(kl(reference, teacher_forced(kind.loaded, inputs, None, ids)), torch.zeros(NEW_TOKENS))
+    assert torch.equal(
+        kl(reference, teacher_forced(specimen.loaded, inputs, None, ids)), torch.zeros(NEW_TOKENS)
+    )
 
 
 def test_an_answer_of_one_token_needs_no_decoding():
@@ -83,14 +85,14 @@ def test_agreement_leaves_out_the_first_position_and_divergence_counts_from_one(
     assert top1_agreement(reference, reference) == 1.0
 
 
-def test_the_need_of_a_layer_is_what_losing_its_vision_cache_costs(kind):
-    inputs = as_prompt(kind.prompts[0])
-    ids = answer(kind.model, kind.prompts[0])[0].tolist()
-    reference = teacher_forced(kind.loaded, inputs, None, ids)
-    needs = layer_need(kind.loaded, inputs, ids)
-    assert len(needs) == kind.model.config.get_text_config().num_hidden_layers
+def test_the_need_of_a_layer_is_what_losing_its_vision_cache_costs(specimen):
+    inputs = as_prompt(specimen.prompts[0])
+    ids = answer(specimen.model, specimen.prompts[0])[0].tolist()
+    reference = teacher_forced(specimen.loaded, inputs, None, ids)
+    needs = layer_need(specimen.loaded, inputs, ids)
+    assert len(needs) == specimen.model.config.get_text_config().num_hidden_layers
     for layer, need in enumerate(needs):
-        alone = teacher_forced(kind.loaded, inputs, FixedRates({layer: 0.0}), ids)
+        alone = teacher_forced(specimen.loaded, inputs, FixedRates({layer: 0.0}), ids)
         divergence = kl(reference, alone)[1:].mean().item()
         if need is None:
             assert divergence == 0, "a layer that was said to be left alone was cut"

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError
+from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError
 from plphp_cli.models.choices import check_attention, choose_device, choose_dtype
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.sources import BUILTIN, Source, check_weights, complete, locate, read_config_json
@@ -179,6 +179,10 @@ def _model(source: Source, config: Any, dtype: Any, device: Any, attn: str) -> A
             raise DeviceMemoryError(
                 f"out of memory on {device} while loading {source.name} ({format_bytes(size)} of weights)",
                 hint="use --dtype bfloat16, another --device, or a smaller model",
+            ) from error
+        if "attn_implementation" in str(error):
+            raise UnsupportedError(
+                f"{source.name} does not run on the attention back-end {attn}", hint="use --attn eager"
             ) from error
         raise ModelError(
             f"{source.name} cannot be loaded: {first_line(error)}",
