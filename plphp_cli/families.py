@@ -30,6 +30,7 @@ class Family:
             Only the first tells which vision tokens belong to which image.
         traits: what sets it apart, and is part of its proof.
         torchvision: whether its processor needs torchvision.
+        brief: those of its types that are held to fewer settings, and without their real processor.
         plain: whether a prompt without a chat template is the images and the text, nothing else.
     """
 
@@ -38,12 +39,27 @@ class Family:
     features: str
     traits: str = ""
     torchvision: bool = False
+    brief: tuple[str, ...] = ()
     plain: bool = False
 
 
 FAMILIES = (
-    Family("LLaVA-1.5, ViP-LLaVA, Pixtral 12B", ("llava", "vipllava"), IMAGE, "one size; any size (Pixtral)"),
-    Family("LLaVA-NeXT", ("llava_next", "llava_next_video"), IMAGE, "tiles"),
+    Family(
+        "LLaVA-1.5, ViP-LLaVA, Pixtral 12B",
+        ("llava", "vipllava"),
+        IMAGE,
+        "one size; Pixtral: any size, needs torchvision",
+        brief=("vipllava",),
+    ),
+    Family("LLaVA-NeXT", ("llava_next",), IMAGE, "tiles"),
+    Family(
+        "LLaVA-NeXT-Video (images)",
+        ("llava_next_video",),
+        IMAGE,
+        "tiles",
+        torchvision=True,
+        brief=("llava_next_video",),
+    ),
     Family("LLaVA-OneVision", ("llava_onevision",), IMAGE, "tiles", torchvision=True),
     Family("Qwen2-VL", ("qwen2_vl",), IMAGE, "any size, mRoPE", torchvision=True),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), IMAGE, "any size, mRoPE", torchvision=True),
@@ -53,11 +69,19 @@ FAMILIES = (
         IMAGE,
         "any size, mRoPE, DeepStack, experts",
         torchvision=True,
+        brief=("qwen3_vl_moe",),
     ),
-    Family("Qwen3.5", ("qwen3_5",), IMAGE, "any size, mRoPE; linear layers left alone", torchvision=True),
+    Family(
+        "Qwen3.5",
+        ("qwen3_5", "qwen3_5_moe"),
+        IMAGE,
+        "any size, mRoPE, experts; linear layers left alone",
+        torchvision=True,
+        brief=("qwen3_5", "qwen3_5_moe"),
+    ),
     Family("InternVL 2.5, 3", ("internvl",), TILE, "tiles", torchvision=True),
     Family("SmolVLM", ("smolvlm",), PROMPT, "tiles, padded images", torchvision=True),
-    Family("Idefics2, 3", ("idefics2", "idefics3"), PROMPT, "tiles, padded images"),
+    Family("Idefics2, 3", ("idefics3", "idefics2"), PROMPT, "tiles, padded images", brief=("idefics2",)),
     Family("Gemma 3", ("gemma3",), TILE, "mask open within an image; sliding layers left alone"),
     Family("Mistral 3", ("mistral3",), IMAGE, "any size", torchvision=True),
     Family(
@@ -73,13 +97,28 @@ FAMILIES = (
         IMAGE,
         "any size, mRoPE, experts",
         torchvision=True,
+        brief=("glm4v_moe", "glm46v"),
     ),
-    Family("GLM-OCR", ("glm_ocr",), IMAGE, "any size, mRoPE", torchvision=True),
-    Family("GOT-OCR 2", ("got_ocr2",), TILE, "one size"),
-    Family("LightOnOCR", ("lighton_ocr",), IMAGE, "any size", torchvision=True),
+    Family("GLM-OCR", ("glm_ocr",), IMAGE, "any size, mRoPE", torchvision=True, brief=("glm_ocr",)),
+    Family("GOT-OCR 2", ("got_ocr2",), TILE, "one size", brief=("got_ocr2",)),
+    Family("LightOnOCR", ("lighton_ocr",), IMAGE, "any size", brief=("lighton_ocr",)),
     Family("Aya Vision", ("aya_vision",), TILE, "tiles; sliding layers left alone"),
-    Family("Command A Vision", ("cohere2_vision",), TILE, "tiles; sliding layers left alone"),
-    Family("LFM2-VL", ("lfm2_vl",), TILE, "any size; convolutions left alone"),
+    Family(
+        "Command A Vision",
+        ("cohere2_vision",),
+        TILE,
+        "tiles; sliding layers left alone",
+        torchvision=True,
+        brief=("cohere2_vision",),
+    ),
+    Family(
+        "LFM2-VL",
+        ("lfm2_vl",),
+        TILE,
+        "any size; convolutions left alone",
+        torchvision=True,
+        brief=("lfm2_vl",),
+    ),
 )
 
 # Types that have every part that PLPHP looks for, and still cannot be pruned rightly: why, by name.
@@ -108,7 +147,8 @@ def table() -> str:
         "|---|---|---|---|",
     ]
     for family in FAMILIES:
-        types = ", ".join(f"`{name}`" for name in family.types)
+        marks = dict.fromkeys(family.brief, r"\*")
+        types = ", ".join(f"`{name}`{marks.get(name, '')}" for name in family.types)
         rows.append(
             f"| {family.title} | {types} | {family.traits} | {'yes' if family.torchvision else 'no'} |"
         )

@@ -6,16 +6,13 @@ Bit-equality is meant where a law says "equal"; the masked reference is the one 
 import contextlib
 import gc
 import math
-import sys
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from families import as_prompt
+from reference import Forced, masked_reference
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor, LogitsProcessorList
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import LogitsProcessorList
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
@@ -91,67 +88,12 @@ def rate_one_equals_stock(family):
                 assert state.held_bytes == state.full_bytes
 
 
-class _Forced(LogitsProcessor):
-    def __init__(self, tokens, start):
-        self.tokens, self.start = tokens, start
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -math.inf)
-        forced[:, self.tokens[input_ids.shape[1] - self.start]] = 0
-        return forced
-
-
-_HIDDEN = {}
-
-
-def _masked_attention(stock, module, query, key, value, attention_mask, **options):
-    kept = _HIDDEN.get(module)
-    if kept is not None and key.shape[2] > query.shape[2]:
-        heads, count = query.shape[1], query.shape[2]
-        new = torch.ones(kept.shape[0], key.shape[2] - kept.shape[1], dtype=torch.bool)
-        visible = torch.cat([kept, new], dim=1).repeat_interleave(heads // kept.shape[0], dim=0)
-        attention_mask = visible[None, :, None].expand(1, heads, count, -1)
-        if stock != "sdpa":
-            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-                ~attention_mask, -math.inf
-            )
-    if stock == "sdpa":
-        attend = sdpa_attention_forward
-    else:
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    return attend(module, query, key, value, attention_mask, **options)
-
-
-for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(f"masked_reference_{_name}", partial(_masked_attention, _name))
-    AttentionMaskInterface.register(f"masked_reference_{_name}", _mask)
-
-
-@contextlib.contextmanager
-def masked_reference(model, states, inputs):
-    """The model with its full cache; while decoding, each KV head is shown only what `states` say it kept."""
-    decoder = model.get_decoder()
-    before = decoder.config._attn_implementation
-    ids = inputs["input_ids"][0]
-    text = ids != model.config.image_token_id
-    named = {"layer_idx", "num_key_value_groups"}
-    modules = {module.layer_idx: module for module in decoder.modules() if named <= vars(module).keys()}
-    for state in full_layers(states):
-        _HIDDEN[modules[state.index]] = text.repeat(state.kv_heads, 1).scatter(1, state.kept, True)
-    decoder.set_attn_implementation(f"masked_reference_{before}")
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(before)
-        _HIDDEN.clear()
-
-
 def physical_cut_equals_masked_reference(family):
     """2. A real cut gives the logits of a full cache whose dropped positions are masked per KV head."""
     for number, inputs in enumerate(family.prompts):
         for name in settings_of(family):
             tokens, logits, layers = pruned_answer(family, number, name)
-            forced = LogitsProcessorList([_Forced(tokens.tolist(), inputs["input_ids"].shape[1])])
+            forced = LogitsProcessorList([Forced(tokens.tolist(), inputs["input_ids"].shape[1])])
             with masked_reference(family.model, layers, inputs):
                 _, reference = answer(family.model, inputs, logits_processor=forced)
             worst = (logits - reference).abs().max().item()

@@ -46,6 +46,8 @@ from transformers import (
     Qwen2Config,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3Config,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
@@ -203,24 +205,40 @@ def qwen3_vl_moe(seed: int = 0) -> Family:
     return in_patches("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration(config), seed)
 
 
-def qwen3_5(seed: int = 0) -> Family:
+def _gated_deltas() -> dict:
     """A hybrid decoder: gated delta networks (linear attention) between the attention layers."""
+    return {
+        **TEXT,
+        **mrope(),
+        "num_hidden_layers": 4,
+        "head_dim": 64,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+
+
+def qwen3_5(seed: int = 0) -> Family:
     config = Qwen3_5Config(
-        vision_config={**PATCHES, "num_position_embeddings": 64},
-        text_config={
-            **TEXT,
-            **mrope(),
-            "num_hidden_layers": 4,
-            "head_dim": 64,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
-        **IDS,
+        vision_config={**PATCHES, "num_position_embeddings": 64}, text_config=_gated_deltas(), **IDS
     )
     return in_patches("qwen3_5", Qwen3_5ForConditionalGeneration(config), seed)
+
+
+def qwen3_5_moe(seed: int = 0) -> Family:
+    text = {key: value for key, value in _gated_deltas().items() if key != "intermediate_size"}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    config = Qwen3_5MoeConfig(
+        vision_config={**PATCHES, "num_position_embeddings": 64}, text_config={**text, **experts}, **IDS
+    )
+    return in_patches("qwen3_5_moe", Qwen3_5MoeForConditionalGeneration(config), seed)
 
 
 def glm46v(seed: int = 0) -> Family:
@@ -267,6 +285,7 @@ ROWS = (
     lfm2_vl,
     qwen3_vl_moe,
     qwen3_5,
+    qwen3_5_moe,
     glm46v,
     glm_ocr,
     glm4v_moe,

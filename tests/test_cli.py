@@ -247,6 +247,18 @@ def test_the_built_in_model_runs_with_its_own_config_and_says_so_first(
     assert json.loads(out)["config"]["calibrated"] is True
 
 
+def test_a_raw_prompt_is_sent_without_the_chat_template(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = []
+    for options in ([], ["--raw-prompt"]):
+        assert main([*command, "--no-baseline", "--json", "-", *options]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert tokens[1] < tokens[0]
+    assert main([*command, "--raw-prompt", "--system", "be brief"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
 def test_max_pixels_reduces_before_the_processor(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

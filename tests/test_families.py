@@ -7,6 +7,7 @@ import laws
 import pytest
 from families import FAMILIES as ROWS
 from families import RELATIVES, load
+from processors import PROCESSORS
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -46,6 +47,9 @@ def test_each_proven_type_has_a_row_and_each_row_is_of_a_proven_type():
     rows = {proven_by(name) for name in (*ROWS, *RELATIVES)}
     assert rows == PROVEN
     assert set(ALL) >= PROVEN
+    brief = {name for family in families.FAMILIES for name in family.brief}
+    assert brief == {proven_by(name) for name in RELATIVES}
+    assert {proven_by(name) for name in PROCESSORS} == PROVEN - brief
     assert not set(families.REFUSED) & PROVEN
 
 
@@ -55,7 +59,7 @@ def test_a_row_is_taken_for_its_family_and_tells_images_as_the_table_says(name):
     family = check_model(row.model.config)
     assert row.tells_images == (family.features == families.IMAGE)
     if LINEAR in layer_kinds(row.model.config):
-        assert name in ("qwen3_5", "lfm2_vl")
+        assert name in ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in PROVEN])

@@ -8,6 +8,7 @@ the tests of the processors then run where 8 MB were installed, and not 5 GB.
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -20,9 +21,14 @@ def declare() -> None:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return
-    folder = Path(spec.submodule_search_locations[0])
-    if torch.version.cuda is not None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    else:
         return
+    folder = Path(spec.submodule_search_locations[0])
     source = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
     found = re.findall(r'register_meta\("(\w+)"|torchvision::(\w+)', source)
     library = torch.library.Library("torchvision", "DEF")
