@@ -13,6 +13,7 @@ import rows_idefics
 import rows_llava
 import rows_more
 import rows_qwen
+import torch
 from toys import IMAGE, VIDEO, Family, as_prompt, prompt_ids
 
 __all__ = ["FAMILIES", "IMAGE", "KINDS", "RELATIVES", "VIDEO", "Family", "as_prompt", "load", "prompt_ids"]
@@ -56,6 +57,8 @@ KINDS = [
 @cache
 def load(name: str) -> Family:
     """The family's toy, built once per test run: the laws promise to leave it as it was."""
-    if name in RELATIVES:
-        return replace(RELATIVES[name](), settings=FEW)
-    return FAMILIES[name]()
+    family = replace(RELATIVES[name](), settings=FEW) if name in RELATIVES else FAMILIES[name]()
+    # At its first run transformers marks a model; what pruning leaves behind is told apart only after that.
+    with torch.no_grad():
+        family.model(**family.prompts[0])
+    return family

@@ -464,7 +464,7 @@ def test_placeholders_place_the_images(toy, pictures):
 
 @pytest.mark.parametrize(("count", "text"), [(0, "a <image>"), (1, "<image> <image>x"), (2, "one <image>")])
 def test_placeholders_that_are_not_one_per_image(toy, pictures, count, text):
-    with pytest.raises(ImageError, match=f"{count} images") as caught:
+    with pytest.raises(ImageError, match=f"{count} image") as caught:
         models.prepare(toy, pictures[:count], text)
     assert caught.value.exit_code == 2
 
