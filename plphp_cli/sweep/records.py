@@ -182,6 +182,32 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """A method against PLPHP at equal held bytes, over the settings that both were swept with.
+
+    Attributes:
+        kl_excess: the method's mean KL less PLPHP's, in nats, paired by prompt, mean over settings and seeds;
+            above 0 favours PLPHP. None where KL is not known.
+        accuracy_loss: PLPHP's accuracy less the method's, likewise; above 0 favours PLPHP.
+        plphp_better: in how many of the settings PLPHP's mean KL is lower, `plphp_worse` in how many higher.
+        kv_ratio_gap: largest difference in mean `kv_ratio` between a setting and its match: 0 when the bytes
+            are equal.
+        seeds: of `random`: how many; `seed_sd` the standard deviation of `kl_excess` over them.
+    """
+
+    method: str
+    settings: int
+    prompts: int
+    kl_excess: Interval | None
+    accuracy_loss: Interval | None
+    plphp_better: int
+    plphp_worse: int
+    kv_ratio_gap: float
+    seeds: int | None = None
+    seed_sd: float | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the sweep itself took; counts are of this invocation, `resumed_rows` came from an earlier one."""
 
@@ -202,6 +228,7 @@ class SweepRecord:
     Attributes:
         grid: the values of each knob as typed, and the methods.
         points: the baseline first, then settings in the order of the grid; seeds of chance are one point.
+        ablations: every other method that was swept against PLPHP.
         rows_expected: settings x prompts.
     """
 
@@ -211,6 +238,7 @@ class SweepRecord:
     prompts: tuple[PromptRecord, ...]
     points: tuple[Point, ...]
     recommendation: Recommendation | None
+    ablations: tuple[Ablation, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     cost: Cost = field(default_factory=Cost)
     rows_done: int = 0
