@@ -87,7 +87,7 @@ def realistic_rows(configs, prompts, methods=(PLPHP,), seeds=5, layers=10) -> li
         draw = random.Random(number)
         gammas = [min(1.0, draw.gammavariate(2.0, 0.12)) for _ in range(layers)]
         hardness = math.exp(draw.gauss(0, 0.8))
-        luck = [draw.random() for _ in range(200)]
+        luck = draw.random()
         for config, method in itertools.product(configs, methods):
             for seed in range(seeds) if method == RANDOM else (None,):
                 rates = [_rate(gamma, config) for gamma in gammas]
@@ -98,13 +98,14 @@ def realistic_rows(configs, prompts, methods=(PLPHP,), seeds=5, layers=10) -> li
                 held, full = (36 + round(100 * mean)) * layers * KIB, 136 * layers * KIB
                 agreement = max(0.0, 1 - round(12 * min(1, kl)) / 12)
                 right = one.unpruned_correct
-                if right is not None and kl > 0.1 + luck[len(rows) % 200]:
+                if right is not None and kl > 0.1 + luck:
                     right = not right
+                cut = hashlib.sha256(str(rates).encode()).hexdigest()[:16]
                 rows.append(
                     Row(
-                        method, config, seed, one.prompt_id, number, mean, held, full, held / full, kl, 4 * kl,
-                        agreement, None if agreement == 1 else 4, 13, None if right is None else "red", right,
-                        None, hashlib.sha256(str(rates).encode()).hexdigest()[:16], "builtin", "0.1.0",
+                        method, config, seed, one.prompt_id, number, mean, held, full, held / full,
+                        kl, 4 * kl, agreement, None if agreement == 1 else 4, 13, None if right is None else "red", right,
+                        None, cut, "builtin", "0.1.0",
                     )
                 )  # fmt: skip
     return rows

@@ -16,15 +16,26 @@ _MOST_DRAWS = 4_000_000
 _LEAST_RESAMPLES = 500
 
 
-def mean_interval(values: Sequence[float], intervals: bool = True) -> Interval:
+def mean_interval(
+    values: Sequence[float], intervals: bool = True, imagined: Sequence[float] = ()
+) -> Interval:
     """The mean of one value a prompt, each weighing the same; no interval of a single one.
 
     All means over the same number of prompts are resampled alike, so what is compared is paired.
+
+    Args:
+        values: at least one.
+        intervals: False leaves the interval out.
+        imagined: values of prompts that are drawn beside the real ones for the interval (the mean is of the
+            real ones). Of right and wrong answers a few prompts may show no difference at all, and resampling
+            them would call that certain; an imagined prompt each way keeps the interval open as Agresti and
+            Coull (a share) and Bonett and Price (a paired difference) do.
     """
     mean = math.fsum(values) / len(values)
     if len(values) < 2 or not intervals:
         return Interval(mean, None, None)
-    means = _weights(len(values)) @ np.asarray(values, dtype=float)
+    drawn = np.asarray([*values, *imagined], dtype=float)
+    means = _weights(len(drawn)) @ drawn
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(bound) for bound in np.quantile(means, [tail, 1 - tail]))
     # Rounding of the products must not put the mean of equal values outside their interval.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.sweep.records import BASELINE, PLPHP, Setting
+from plphp_cli.units import format_number
 
 NUMERIC = ("r", "delta_r", "alpha", "beta")
 KNOBS = (*NUMERIC, "scope", "head_reduce", "skip_layers")
@@ -22,6 +23,11 @@ def value(config: PLPHPConfig, knob: str) -> str:
         return ",".join(map(str, found)) or "none"
     # Six digits tell any two values apart that anybody sweeps, and hide floating-point dust.
     return f"{found:.6g}" if isinstance(found, float) else str(found)
+
+
+def format_nats(value: float | None) -> str:
+    """A KL in nats with four decimals; what these would round to nothing is `<0.0001`."""
+    return "<0.0001" if value is not None and 0 < value < 0.00005 else format_number(value, 4)
 
 
 def label(setting: Setting, knobs: Sequence[str] = ()) -> str:

@@ -20,8 +20,13 @@ from plphp_cli.sweep.records import (
 )
 from plphp_cli.units import finite
 
-# A share of prompts is a quotient of small integers: no limit may hang on its last bit.
+# A share of prompts is a quotient of small integers: no limit and no front may hang on its last bit.
 _DUST = 1e-9
+_DIGITS = 12
+
+# Imagined prompts, for `mean_interval`.
+_RIGHT_OR_WRONG = (0.0, 1.0)
+_BETTER_OR_WORSE = (-1.0, 1.0)
 
 # Of one figure: a value by prompt id.
 Column = dict[str, float]
@@ -141,9 +146,9 @@ class _Table:
             found[prompt] = sum(known) / len(known)
         return found or None
 
-    def interval(self, column: Column | None) -> Interval | None:
+    def interval(self, column: Column | None, imagined: Sequence[float] = ()) -> Interval | None:
         """The mean over a column's prompts."""
-        return None if column is None else mean_interval(list(column.values()), self.intervals)
+        return None if column is None else mean_interval(list(column.values()), self.intervals, imagined)
 
 
 def _point(table: _Table, setting: Setting, seeds: Sequence[Setting]) -> Point:
@@ -165,8 +170,8 @@ def _point(table: _Table, setting: Setting, seeds: Sequence[Setting]) -> Point:
         kl_mean=table.interval(kl),
         kl_max=max(known_worst) if len(known_worst) == len(worst) and worst else None,
         top1_agreement=table.interval(table.column(seeds, "top1_agreement", judged)),
-        accuracy=table.interval(right),
-        accuracy_drop=table.interval(drop),
+        accuracy=table.interval(right, _RIGHT_OR_WRONG),
+        accuracy_drop=table.interval(drop, _BETTER_OR_WORSE),
         seeds=len(seeds) if many else None,
         seed_sd=_seed_spread(table, seeds, "kl_mean", judged) if many else None,
         accuracy_sd=_seed_spread(table, seeds, "answer_correct", scored) if many else None,
@@ -196,7 +201,7 @@ def _baseline(table: _Table) -> Point:
         kl_mean=table.interval(alike or None),
         kl_max=0.0 if alike else None,
         top1_agreement=table.interval(dict.fromkeys(alike, 1.0) or None),
-        accuracy=table.interval(table.right or None),
+        accuracy=table.interval(table.right or None, _RIGHT_OR_WRONG),
         accuracy_drop=table.interval(dict.fromkeys(table.right, 0.0) or None),
     )
 
@@ -234,11 +239,22 @@ def _with_speed(
     return replace(point, decode_ratio=Interval(found.median, low, high))
 
 
+def rank(point: Point, place: int) -> tuple[float, float, int]:
+    """By what points are ordered: least cache, then lower KL, then the earlier place."""
+    kl = float("inf") if point.kl_mean is None else _even(point.kl_mean.mean)
+    return _even(point.kv_ratio.mean), kl, place
+
+
+def _even(mean: float) -> float:
+    """A mean without the last bits, in which equal sums of different terms differ."""
+    return round(mean, _DIGITS)
+
+
 def _with_fronts(found: Sequence[Point]) -> list[Point]:
     """Points with their places on the fronts: of PLPHP's settings only, each with what was measured."""
 
     def on_front(quality: dict[int, float]) -> set[int]:
-        costs = [(found[place].kv_ratio.mean, cost) for place, cost in quality.items()]
+        costs = [(_even(found[place].kv_ratio.mean), _even(cost)) for place, cost in quality.items()]
         return {place for place, on in zip(quality, pareto(costs), strict=True) if on}
 
     ours = [place for place, point in enumerate(found) if point.setting.method == PLPHP]

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from plphp_cli.sweep.labels import label, varied
-from plphp_cli.sweep.points import constrained, excess
+from plphp_cli.sweep.labels import format_nats, label, varied
+from plphp_cli.sweep.points import constrained, excess, rank
 from plphp_cli.sweep.records import (
     FEW_PROMPTS,
     PLPHP,
@@ -15,6 +15,7 @@ from plphp_cli.sweep.records import (
 from plphp_cli.units import format_number, format_percent
 
 _FIGURES = {"kl": "mean KL", "agreement": "top-1 agreement", "accuracy_drop": "accuracy drop"}
+_UNITS = {"kl": " nats", "agreement": "", "accuracy_drop": " points"}
 _UNKNOWN = {
     "kl": "every answer of the unpruned model has a single token, which no cut can change",
     "agreement": "every answer of the unpruned model has a single token, which no cut can change",
@@ -48,7 +49,7 @@ def recommend(
     if not known:
         reason = f"No setting can be judged by {_FIGURES[constraint.name]}: {_UNKNOWN[constraint.name]}."
         return Recommendation(None, reason, few)
-    feasible = sorted((p for p in known if points[p].feasible), key=lambda place: _rank(points[place], place))
+    feasible = sorted((p for p in known if points[p].feasible), key=lambda place: rank(points[place], place))
     if not feasible:
         return Recommendation(None, _nearest(points, known, constraint), few)
     reason = _reason(points, feasible, len(known), constraint)
@@ -63,7 +64,7 @@ def limit_text(constraint: Constraint) -> str:
 
 def figure_text(interval: Interval, constraint: Constraint) -> str:
     """The constrained figure with its interval: `0.031 nats [0.020, 0.047]`."""
-    mean = _show(constraint, interval.mean) + (" nats" if constraint.name == "kl" else "")
+    mean = _show(constraint, interval.mean) + _UNITS[constraint.name]
     if interval.low is None or interval.high is None:
         return mean
     return f"{mean} [{_show(constraint, interval.low)}, {_show(constraint, interval.high)}]"
@@ -72,12 +73,7 @@ def figure_text(interval: Interval, constraint: Constraint) -> str:
 def straddles(interval: Interval, constraint: Constraint) -> bool:
     """Whether a feasible figure's interval reaches beyond the limit."""
     ends = [end for end in (interval.low, interval.high) if end is not None]
-    return any(excess(end, constraint) > 0 for end in ends)
-
-
-def _rank(point: Point, place: int) -> tuple[float, float, int]:
-    kl = point.kl_mean.mean if point.kl_mean is not None else float("inf")
-    return point.kv_ratio.mean, kl, place
+    return any(excess(end, constraint) > 1e-9 for end in ends)
 
 
 def _reason(points: Sequence[Point], feasible: Sequence[int], known: int, constraint: Constraint) -> str:
@@ -86,12 +82,11 @@ def _reason(points: Sequence[Point], feasible: Sequence[int], known: int, constr
     assert figure is not None
     knobs = varied(point.setting for point in points)
     share = format_percent(chosen.kv_ratio.mean)
-    name = label(chosen.setting, knobs)
     if known == 1:
-        first = f"{name}, the only setting swept, holds {share} of the KV cache and keeps {limit_text(constraint)}"
+        first = f"The only setting, it holds {share} of the KV cache and keeps {limit_text(constraint)}"
     else:
         among = f"{len(feasible)} of {known} settings that keep {limit_text(constraint)}"
-        first = f"{name} holds the least KV cache, {share}, of the {among}"
+        first = f"It holds the least KV cache, {share}, of the {among}"
     first = f"{first}: {figure_text(figure, constraint)}"
     if chosen.kv_ratio.mean >= 1:
         first += "; it cuts nothing, so no setting of this grid saves memory within the limit"
@@ -110,12 +105,12 @@ def _reason(points: Sequence[Point], feasible: Sequence[int], known: int, constr
 
 
 def _nearest(points: Sequence[Point], known: Sequence[int], constraint: Constraint) -> str:
-    def rank(place: int) -> tuple[float, float, float, int]:
+    def miss(place: int) -> tuple[float, float, float, int]:
         figure = constrained(points[place], constraint)
         assert figure is not None
-        return excess(figure.mean, constraint), *_rank(points[place], place)
+        return round(excess(figure.mean, constraint), 12), *rank(points[place], place)
 
-    nearest = points[min(known, key=rank)]
+    nearest = points[min(known, key=miss)]
     figure = constrained(nearest, constraint)
     assert figure is not None
     name = label(nearest.setting, varied(point.setting for point in points))
@@ -127,8 +122,11 @@ def _nearest(points: Sequence[Point], known: Sequence[int], constraint: Constrai
 
 
 def _show(constraint: Constraint, value: float) -> str:
-    return format_number(value, 4) if constraint.name == "kl" else format_percent(value)
+    if constraint.name == "kl":
+        return format_nats(value)
+    return format_percent(value) if constraint.name == "agreement" else format_number(value * 100, 1)
 
 
 def _limit(constraint: Constraint) -> str:
-    return f"{constraint.limit:g} nats" if constraint.name == "kl" else f"{constraint.limit * 100:g} %"
+    limit = constraint.limit if constraint.name == "kl" else constraint.limit * 100
+    return f"{limit:g}{' %' if constraint.name == 'agreement' else _UNITS[constraint.name]}"
