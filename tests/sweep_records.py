@@ -104,8 +104,8 @@ def realistic_rows(configs, prompts, methods=(PLPHP,), seeds=5, layers=10) -> li
                 rows.append(
                     Row(
                         method, config, seed, one.prompt_id, number, mean, held, full, held / full,
-                        kl, 4 * kl, agreement, None if agreement == 1 else 4, 13, None if right is None else "red", right,
-                        None, cut, "builtin", "0.1.0",
+                        kl, 4 * kl, agreement, None if agreement == 1 else 4, 13,
+                        None if right is None else "red", right, None, cut, "builtin", "0.1.0",
                     )
                 )  # fmt: skip
     return rows

@@ -137,7 +137,7 @@ def _figures(constraint: Constraint) -> list[Column]:
             lambda point, count: "" if point.setting.method == BASELINE else keeps(point, constraint),
         ),
     ]
-    # Without answers there is but one front; the drop says no more than the accuracy, unless it is what is limited.
+    # The drop says no more than the accuracy, unless it is what is limited.
     if constraint.name != "accuracy_drop":
         columns = [column for column in columns if column.title != "drop pts"]
     return columns

@@ -26,7 +26,7 @@ from plphp_cli.reports.sweep_text import (
 )
 from plphp_cli.reports.text import fit, visible, wrapped
 from plphp_cli.sweep.labels import NUMERIC, format_nats, value
-from plphp_cli.sweep.records import PLPHP, Ablation, Point, SweepRecord
+from plphp_cli.sweep.records import PLPHP, Ablation, SweepRecord
 from plphp_cli.units import format_number, format_percent
 
 # More rows than this are on the page and in the files.
@@ -66,9 +66,9 @@ def _recommendation(record: SweepRecord, width: int) -> list[Text]:
     lines += wrapped(Text(visible(found.reason)), width)
     if text := merit(record):
         lines += wrapped(Text(text), width)
-    for name, text in (("config", found.config_file), ("next", found.next_command)):
-        if text is not None:
-            lines += wrapped(Text(f"{name}: {visible(text)}"), width)
+    for name, what in (("config", found.config_file), ("next", found.next_command)):
+        if what is not None:
+            lines += wrapped(Text(f"{name}: {visible(what)}"), width)
     return lines
 
 
@@ -122,7 +122,7 @@ def _plot(record: SweepRecord, width: int) -> list[Text]:
     room = min(max((width - left - 22) // 2, _MIN_BAR), _MAX_BAR)
     tick = None if limit is None else min(round(limit / most * room), room - 1)
     head = f"{knob.rjust(left)}  {'KL, nats a token'.ljust(room + 9)}  KV held"
-    lines = [*_rule(f"by {knob}", width), Text(head, style="bold")]
+    lines = [*_rule(f"by {knob}", width), _cut(Text(head, style="bold"), width)]
     for point, name in zip(points, names, strict=True):
         assert point.kl_mean is not None
         drawn = bar(point.kl_mean.mean / most, room)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from plphp_cli.sweep.labels import format_nats, label, varied
-from plphp_cli.sweep.points import constrained, excess, rank
+from plphp_cli.sweep.points import constrained, excess, rank, satisfies
 from plphp_cli.sweep.records import (
     FEW_PROMPTS,
     PLPHP,
@@ -49,7 +49,9 @@ def recommend(
     if not known:
         reason = f"No setting can be judged by {_FIGURES[constraint.name]}: {_UNKNOWN[constraint.name]}."
         return Recommendation(None, reason, few)
-    feasible = sorted((p for p in known if points[p].feasible), key=lambda place: rank(points[place], place))
+    feasible = sorted(
+        (p for p in known if satisfies(points[p], constraint)), key=lambda place: rank(points[place], place)
+    )
     if not feasible:
         return Recommendation(None, _nearest(points, known, constraint), few)
     reason = _reason(points, feasible, len(known), constraint)
