@@ -14,6 +14,7 @@ from plphp_cli.sweep.recommendation import recommend
 from plphp_cli.sweep.records import (
     HEAD_ONLY,
     LAYER_ONLY,
+    METHODS,
     PLPHP,
     RANDOM,
     UNIFORM,
@@ -27,6 +28,7 @@ from plphp_cli.sweep.records import (
 
 KIB = 1024
 MAX_KL = Constraint("kl", 0.05)
+HOSTILE = '</script><script>alert(1)</script><img src="http://x/y.png">&\x1b[2J\u2028'
 # What a method costs beside PLPHP.
 FACTORS = {PLPHP: 1.0, LAYER_ONLY: 1.5, HEAD_ONLY: 1.02, UNIFORM: 1.6, RANDOM: 4.0}
 
@@ -75,9 +77,22 @@ def row(
     )
 
 
+def rows_of(config, ratio, kl, prompts=10, **others):
+    """One setting over prompts; a KL per prompt, or one for all."""
+    kls = kl if isinstance(kl, list) else [kl] * prompts
+    return [row(number, config, ratio=ratio, kl=one, **others) for number, one in enumerate(kls)]
+
+
+def named(found, config, method="plphp"):
+    return next(p for p in found if p.setting.config == config and p.setting.method == method)
+
+
 def grid(r=(0.4,), delta_r=(0.3,), alpha=(0.25,), beta=(0.1,), **others) -> list[PLPHPConfig]:
     every = itertools.product(r, delta_r, alpha, beta)
     return [PLPHPConfig(*knobs, **others) for knobs in every if knobs[2] >= knobs[3]]
+
+
+ALPHAS = grid(alpha=(0.1, 0.2, 0.3, 0.4, 0.5))
 
 
 def realistic_rows(configs, prompts, methods=(PLPHP,), seeds=5, layers=10) -> list[Row]:
@@ -153,3 +168,40 @@ def realistic(
 
 def _speed(one: Row) -> float:
     return (100 + one.prompt_index) * (1 + 0.3 * (1 - one.kv_ratio))
+
+
+def sweep_of_all() -> SweepRecord:
+    """60 settings, every method, 20 prompts with answers."""
+    return realistic(methods=METHODS)
+
+
+def sweep_of_alpha() -> SweepRecord:
+    """One knob, few prompts, no answers."""
+    return realistic(ALPHAS, prompts=6, answers=False)
+
+
+def empty():
+    return SweepRecord("toy", MAX_KL, {}, (), (), recommend((), MAX_KL))
+
+
+def shapes(whole, line):
+    one = realistic(grid(), prompts=1, answers=False, speed=False)
+    wide = grid((0.2, 0.4), (0.1, 0.3), scope="image", head_reduce="max", skip_layers=tuple(range(30)))
+    return [
+        whole,
+        line,
+        one,
+        empty(),
+        realistic(constraint=Constraint("agreement", 0.999), prompts=3),
+        realistic(constraint=Constraint("accuracy_drop", 0.02), prompts=10),
+        realistic([*wide, *grid((0.2, 0.4), (0.1, 0.3))], prompts=4),
+        without_kl(),
+        replace(line, interrupted=True, recommendation=None, warnings=("a warning " * 30,)),
+    ]
+
+
+def without_kl():
+    asked = [prompt(number) for number in range(3)]
+    rows = [row(number, config, kl=None) for number in range(3) for config in ALPHAS]
+    found = points(rows, asked, MAX_KL)
+    return SweepRecord("toy", MAX_KL, {}, tuple(asked), found, recommend(found, MAX_KL))

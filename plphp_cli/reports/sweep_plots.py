@@ -160,14 +160,16 @@ def _mark(point: Point, place: int, where: tuple[float, float], on_front: bool, 
 
 def _frame(across: Axis, figure: _Figure, name: str = _HELD) -> list[str]:
     """Axes with their marks and titles, and the side beyond the limit."""
-    floor, parts, share = _HEIGHT - _BOTTOM, [], name == _HELD
+    floor, share = _HEIGHT - _BOTTOM, name == _HELD
+    parts: list[str] = []
+    over: list[str] = []
     if figure.limit is not None:
         at = figure.axis(figure.limit)
         top, bottom = (_TOP, at) if figure.name == "kl_mean" else (at, floor)
         size = f'width="{_WIDTH - _RIGHT - _LEFT}" height="{max(bottom - top, 0):.1f}"'
         parts.append(f'<rect class="beyond" x="{_LEFT}" y="{top:.1f}" {size}/>')
-        parts.append(f'<path class="limit" d="M{_LEFT},{at:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(
+        over.append(f'<path class="limit" d="M{_LEFT},{at:.1f}H{_WIDTH - _RIGHT}"/>')
+        over.append(
             f'<text class="limit" x="{_WIDTH - _RIGHT - 4}" y="{at - 5:.1f}" text-anchor="end">limit</text>'
         )
     for tick in figure.axis.ticks:
@@ -182,6 +184,7 @@ def _frame(across: Axis, figure: _Figure, name: str = _HELD) -> list[str]:
     middle = (_TOP + floor) / 2
     return [
         *parts,
+        *over,
         *figure.extra,
         f'<path class="axis" d="M{_LEFT},{_TOP}V{floor}H{_WIDTH - _RIGHT}"/>',
         f'<text class="name" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
