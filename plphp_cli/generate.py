@@ -11,7 +11,7 @@ each other's positions.
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,17 @@ class Prefilled:
         cache, state = cut_anew(self.cache, self.state, as_policy(policy), room)
         return Prefilled(self.input_ids, cache, self.logits, self.positions, state)
 
+    def take_back(self, count: int) -> bool:
+        """Forget the last `count` tokens fed after the prompt; False, and unusable, if its cache cannot."""
+        try:
+            for layer in self.cache.layers if count else ():
+                layer.crop(-count)
+        except (RuntimeError, ValueError, NotImplementedError, TypeError):
+            return False
+        if self.positions is not None:
+            self.positions = self.positions - count
+        return True
+
 
 def stream(
     loaded: "LoadedModel",
@@ -173,6 +184,51 @@ def decode(
     choose = _Sampler(loaded.model, prefilled.input_ids, settings)
     watch = _Stopwatch(clock, prefilled.input_ids.device)
     yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
+
+
+def own_place(loaded: "LoadedModel", prefilled: Prefilled, ids: Sequence[int], logits: Tensor) -> int | None:
+    """Where the greedy answer leaves `ids`, counted from 0, by what is expected along them.
+
+    Args:
+        loaded: the model, whose logits processors choose.
+        prefilled: the prompt.
+        ids: y_1 .. y_T, an answer that ended as its own arm ends answers.
+        logits: float32 [T, vocab], row t the expectation of y_t, under this prompt's cut.
+
+    Returns:
+        The place of the first token that is chosen otherwise; None if the answer is `ids`.
+    """
+    choose = _Sampler(loaded.model, prefilled.input_ids, Settings(len(ids)))
+    so_far = prefilled.input_ids
+    for place, expected in enumerate(ids):
+        token = choose(so_far, logits[place])
+        if int(token) != expected:
+            return place
+        so_far = torch.cat([so_far, token], dim=-1)
+    return None
+
+
+def decode_after(
+    loaded: "LoadedModel", prefilled: Prefilled, ids: Sequence[int], logits: Tensor, max_new_tokens: int
+) -> Done:
+    """The greedy answer that begins with `ids`, which were fed already, inside `prune`.
+
+    Args:
+        loaded: the model.
+        prefilled: the prompt with `ids` in its cache; whatever is decoded is added to it.
+        ids: the answer's first tokens.
+        logits: float32 [vocab], what the model expects after them.
+        max_new_tokens: of the whole answer, more than `ids` are.
+    """
+    start = torch.tensor([list(ids)], dtype=torch.long, device=prefilled.input_ids.device)
+    longer = torch.cat([prefilled.input_ids, start], dim=-1)
+    rest = Prefilled(longer, prefilled.cache, logits, prefilled.positions, prefilled.state)
+    *_, done = decode(loaded, rest, Settings(max_new_tokens - len(ids)))
+    assert isinstance(done, Done)
+    whole, text = (*ids, *done.token_ids), _Text(loaded.processor)
+    for place, token_id in enumerate(whole, 1):
+        text.add(token_id, flush=place == len(whole))
+    return Done(text.text, whole, done.stop_reason)
 
 
 @torch.no_grad()

@@ -196,12 +196,14 @@ class HeadOnlyPolicy:
     """Ablation: level 2 alone. One rate for all layers, each head ranks for itself."""
 
     rate: float
+    head_reduce: str = "mean"
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
     ) -> Cut:
         """See `Policy.cut`."""
-        return _cut_at(self.rate, attention, vision, head_scores(attention, vision, kv_heads))
+        scores = head_scores(attention, vision, kv_heads, self.head_reduce)
+        return _cut_at(self.rate, attention, vision, scores)
 
 
 @dataclass(frozen=True)
@@ -209,12 +211,14 @@ class UniformPolicy:
     """Neither level: one rate for all layers, one ranking shared by the heads of a layer."""
 
     rate: float
+    head_reduce: str = "mean"
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
     ) -> Cut:
         """See `Policy.cut`."""
-        return _cut_at(self.rate, attention, vision, _shared(head_scores(attention, vision, kv_heads)))
+        scores = _shared(head_scores(attention, vision, kv_heads, self.head_reduce))
+        return _cut_at(self.rate, attention, vision, scores)
 
 
 @dataclass(frozen=True)

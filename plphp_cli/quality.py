@@ -1,6 +1,8 @@
 """What a cut costs, without labels: what the model expects along an answer, with and without the cut."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,63 +18,39 @@ if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
 
 
-def teacher_forced(
-    loaded: "LoadedModel",
-    prompt: Prompt,
-    policy: PLPHPConfig | Policy | None,
-    answer_ids: Sequence[int],
-) -> Tensor:
-    """What the model expects at each position of a given answer, with its cache cut by `policy`.
+@dataclass(frozen=True)
+class Divergence:
+    """How far two arms are apart along one answer.
 
-    Args:
-        loaded: the model.
-        prompt: the prompt, on the model's device.
-        policy: a config, a policy, or None for the unpruned arm.
-        answer_ids: y_1 .. y_T, at least one.
-
-    Returns:
-        float32 logits [T, vocab]; row t is the expectation of y_t given the prompt and y_1 .. y_(t-1).
-
-    Raises:
-        UnsupportedError: the model or the prompt cannot be pruned, with the reason.
+    Attributes:
+        first_kl: KL at position 1, which must be 0: it is only where the logits are equal.
+        kl: KL in nats at each of positions 2 .. T.
+        agree: whether both arms prefer the same token there.
     """
-    with prune(loaded.model, policy) as pruner:
-        return along(loaded, prefill(loaded, prompt, pruner, len(answer_ids)), answer_ids)
 
+    first_kl: float
+    kl: list[float]
+    agree: list[bool]
 
-def along(loaded: "LoadedModel", prefilled: Prefilled, answer_ids: Sequence[int]) -> Tensor:
-    """`teacher_forced` from a prefilled prompt, inside `prune`: one forward over the whole answer.
+    @property
+    def kl_mean(self) -> float | None:
+        """Mean over positions 2 .. T; None when T = 1."""
+        return fmean(self.kl) if self.kl else None
 
-    The answer is added to the prompt's cache; fork the prompt to use it again.
-    """
-    first = prefilled.logits[None]
-    if len(answer_ids) == 1:
-        return first
-    ids = torch.tensor([list(answer_ids[:-1])], device=prefilled.input_ids.device)
-    return torch.cat([first, advance(loaded, prefilled, ids)])
+    @property
+    def kl_max(self) -> float | None:
+        """The largest of positions 2 .. T; None when T = 1."""
+        return max(self.kl, default=None)
 
-
-def kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || other) per position, in nats, float32 [T], of two logits [T, vocab].
-
-    Position 1 is zero when both come from the same prompt: prefill is not cut.
-    """
-    reference = reference_logits.float().log_softmax(dim=-1)
-    other = logits.float().log_softmax(dim=-1)
-    # Rounding can make the sum a hair negative; equal rows give exactly zero.
-    return (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0)
-
-
-def top1_agreement(reference_logits: Tensor, logits: Tensor) -> float | None:
-    """Share of positions 2 .. T at which both logits [T, vocab] prefer the same token; None when T = 1."""
-    agree = _agree(reference_logits, logits)[1:]
-    return agree.float().mean().item() if agree.numel() else None
-
-
-def first_divergence(reference_logits: Tensor, logits: Tensor) -> int | None:
-    """The first position, counted from 1, at which the preferred tokens differ; None when they never do."""
-    differ = (~_agree(reference_logits, logits)).nonzero()
-    return int(differ[0]) + 1 if differ.numel() else None
+    @property
+    def divergence(reference_logits: Tensor, logits: Tensor) -> Divergence:
+    """What two arms' logits [T, vocab] along one answer differ by."""
+    nats = kl(reference_logits, logits)
+    same_first = torch.equal(reference_logits[0], logits[0])
+    # Logits that differ must not pass because their divergence rounds to zero.
+    first_kl = 0.0 if same_first else max(float(nats[0]), 1e-12)
+    agree = reference_logits.argmax(dim=-1) == logits.argmax(dim=-1)
+    return Divergence(first_kl, nats[1:].tolist(), agree[1:].tolist())
 
 
 def layer_need(loaded: "LoadedModel", prompt: Prompt, answer_ids: Sequence[int]) -> list[float | None]:
@@ -100,6 +78,3 @@ def layer_need(loaded: "LoadedModel", prompt: Prompt, answer_ids: Sequence[int])
             needs.append(kl(reference, without)[1:].mean().item())
     return needs
 
-
-def _agree(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    return reference_logits.argmax(dim=-1) == logits.argmax(dim=-1)

@@ -8,7 +8,7 @@ from laws import CUT, NEW_TOKENS, answer, settings_of
 from plphp_cli.attention import prune
 from plphp_cli.generate import advance, prefill
 from plphp_cli.pruning import FixedRates
-from plphp_cli.quality import first_divergence, kl, layer_need, teacher_forced, top1_agreement
+from plphp_cli.quality import divergence, kl, layer_need, teacher_forced
 
 
 def step_by_step(family, inputs, policy, ids):
@@ -55,8 +55,9 @@ def test_an_answer_of_one_token_needs_no_decoding():
     reference = teacher_forced(family.loaded, prompt, None, [5])
     pruned = teacher_forced(family.loaded, prompt, CUT, [5])
     assert torch.equal(reference, pruned)
-    assert top1_agreement(reference, pruned) is None
-    assert first_divergence(reference, pruned) is None
+    found = divergence(reference, pruned)
+    assert (found.first_kl, found.kl, found.agree) == (0.0, [], [])
+    assert found.kl_mean is found.kl_max is found.top1_agreement is found.first_divergence is None
     assert layer_need(family.loaded, prompt, [5]) == [None] * 4
 
 
@@ -79,10 +80,19 @@ def test_kl_survives_extreme_logits():
 def test_agreement_leaves_out_the_first_position_and_divergence_counts_from_one():
     reference = torch.eye(4)
     other = torch.eye(4)[[0, 1, 0, 3]]
-    assert top1_agreement(reference, other) == pytest.approx(2 / 3)
-    assert first_divergence(reference, other) == 3
-    assert first_divergence(reference, reference) is None
-    assert top1_agreement(reference, reference) == 1.0
+    found = divergence(reference, other)
+    assert found.top1_agreement == pytest.approx(2 / 3)
+    assert found.first_divergence == 3
+    alike = divergence(reference, reference)
+    assert alike.first_divergence is None
+    assert (alike.top1_agreement, alike.kl_mean, alike.kl_max) == (1.0, 0.0, 0.0)
+
+
+def test_a_first_position_that_differs_is_never_called_equal():
+    reference = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert divergence(reference, reference).first_kl == 0.0
+    # A constant more in every logit is the same distribution, so its KL is zero.
+    assert divergence(reference, reference + 1).first_kl > 0.0
 
 
 def test_the_need_of_a_layer_is_what_losing_its_vision_cache_costs(specimen):

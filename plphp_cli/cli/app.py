@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from plphp_cli import __version__
-from plphp_cli.cli import calibrate, profile, run
+from plphp_cli.cli import calibrate, profile, run, sweep
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.options import MultiValueCommand
 from plphp_cli.cli.output import print_error
@@ -32,6 +32,7 @@ app = typer.Typer(
 # Commands, one line each; a command's module imports torch in its functions only.
 app.command("run", cls=MultiValueCommand)(run.run)
 app.command("profile", cls=MultiValueCommand)(profile.profile)
+app.command("sweep", cls=sweep.SweepCommand)(sweep.sweep)
 app.command("calibrate", cls=MultiValueCommand)(calibrate.calibrate)
 
 

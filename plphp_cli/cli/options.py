@@ -1,6 +1,7 @@
 """Options that commands share, and the checks of what was typed. Nothing here loads torch."""
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from plphp_cli.reports.text import one_line
 from plphp_cli.results import GenerationRecord
 
 MULTI_VALUE = ("--image", "--quantiles")
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?")
 MAX_PROMPT_BYTES = 1 << 22
 
 _INPUT, _PRUNING, _GENERATION, _MODEL, _OUTPUT = "Input", "Pruning", "Generation", "Model", "Output"
@@ -24,6 +26,15 @@ ImageOption = Annotated[
     list[str] | None,
     typer.Option(
         "--image", metavar="FILE...", help="Image files: several values, or repeated.", rich_help_panel=_INPUT
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="JSON Lines of prompts: images, prompt, answer.",
+        rich_help_panel=_INPUT,
     ),
 ]
 PromptOption = Annotated[
@@ -154,15 +165,18 @@ DebugOption = Annotated[
 class MultiValueCommand(TyperCommand):
     """A command whose `--image a b` means `--image a --image b`: options take one value by themselves."""
 
+    multi_value: Sequence[str] = MULTI_VALUE
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each further value, then parse as usual."""
-        return super().parse_args(ctx, repeat_options(args))
+        return super().parse_args(ctx, repeat_options(args, self.multi_value))
 
 
 def repeat_options(args: Sequence[str], names: Sequence[str] = MULTI_VALUE) -> list[str]:
     """`args` with the name of a multi-value option before each of its values.
 
-    A value that starts with `-` ends the list; a file of such a name is given as `--image=-name`.
+    A value that starts with `-` ends the list, unless it is a number; a file of such a name is given as
+    `--image=-name`.
     """
     repeated: list[str] = []
     current: str | None = None
@@ -170,7 +184,7 @@ def repeat_options(args: Sequence[str], names: Sequence[str] = MULTI_VALUE) -> l
     for position, word in enumerate(args):
         if word == "--":
             return [*repeated, *args[position:]]
-        if word.startswith("-") and word != "-":
+        if word.startswith("-") and word != "-" and not _NEGATIVE.fullmatch(word):
             name = word.partition("=")[0]
             current = name if name in names else None
             fresh = current is not None and "=" not in word

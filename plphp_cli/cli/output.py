@@ -142,3 +142,8 @@ def live_view(source: Callable[[], LiveSnapshot]) -> Iterator[None]:
         if text := held.getvalue():
             stderr.write(visible(text))
             stderr.flush()
+
+
+def time_left(seconds: float) -> str:
+    """Seconds, as roughly as they are known."""
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"

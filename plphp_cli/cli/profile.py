@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,14 +12,21 @@ from rich.console import Console
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
-from plphp_cli.cli.output import print_error, print_lines, say, stderr_console, write_files, write_stdout
-from plphp_cli.dataset import read_examples
+from plphp_cli.cli.output import (
+    print_error,
+    print_lines,
+    say,
+    stderr_console,
+    time_left,
+    write_files,
+    write_stdout,
+)
+from plphp_cli.cli.questions import read_questions
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.files import check_writable
-from plphp_cli.images import load_image
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
-from plphp_cli.profiling.state import ProfileRequest, Question
+from plphp_cli.profiling.state import ProfileRequest
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
@@ -109,7 +116,7 @@ def profile(
     chosen, origin = opt.choose_config(model, config, knobs)
     say(f"config: {origin}: {config_line(chosen)}")
     request = ProfileRequest(
-        questions=_questions(image, prompt, data, system, max_pixels),
+        questions=read_questions(image, prompt, data, system, max_pixels),
         config=chosen,
         arms=_arms(compare_baseline, compare_stock),
         model=model,
@@ -229,29 +236,6 @@ def _arms(compare_baseline: bool, compare_stock: bool) -> tuple[str, ...]:
     return (PRUNED, UNPRUNED) if compare_baseline else (PRUNED,)
 
 
-def _questions(
-    image: list[str] | None, prompt: str | None, data: str | None, system: str | None, max_pixels: int | None
-) -> tuple[Question, ...]:
-    """What to ask: the prompts of `--data`, or the one of `--image` and `--prompt`; images decoded once."""
-    if data is None:
-        text = opt.read_prompt(prompt)
-        if system is not None:
-            opt.check_text("system message", system)
-        return (Question(tuple(load_image(path, max_pixels) for path in image or ()), text, system),)
-    if image or prompt is not None:
-        raise UsageError("--data was given with --image or --prompt", hint="use one or the other")
-    decoded: dict[Path, Any] = {}
-    questions = []
-    for example in read_examples(Path(data)):
-        for path in example.images:
-            if path not in decoded:
-                decoded[path] = load_image(path, max_pixels)
-        images = tuple(decoded[path] for path in example.images)
-        asked = example.system if example.system is not None else system
-        questions.append(Question(images, example.prompt, asked, example.answer, example.line))
-    return tuple(questions)
-
-
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar with arm, repeat and remaining time on a terminal; else a line per stage of the work."""
@@ -272,7 +256,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("starting", total=None, left="")
 
         def show(progress: Progress) -> None:
-            left = "" if progress.remaining_s is None else f"{_left(progress.remaining_s)} left"
+            left = "" if progress.remaining_s is None else f"{time_left(progress.remaining_s)} left"
             bar.update(
                 task,
                 description=progress.stage,
@@ -294,11 +278,7 @@ def _said_once() -> Callable[[Progress], None]:
         line = f"{prompt}: {stage}" if prompt else stage
         if said[-1:] != [line]:
             said[:] = [line]
-            left = "" if progress.remaining_s is None else f" (about {_left(progress.remaining_s)} left)"
+            left = "" if progress.remaining_s is None else f" (about {time_left(progress.remaining_s)} left)"
             say(line + left)
 
     return show
-
-
-def _left(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"

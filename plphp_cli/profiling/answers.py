@@ -14,7 +14,7 @@ from plphp_cli.generate import Done, Settings, stream
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, QualityRecord, TextsRecord
 from plphp_cli.profiling.statistics import percentile
 from plphp_cli.prompt import Prompt
-from plphp_cli.quality import kl, teacher_forced
+from plphp_cli.quality import Divergence, divergence, teacher_forced
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -77,13 +77,9 @@ def judge(loaded: "LoadedModel", prompt: Prompt, config: PLPHPConfig, answers: A
         UNPRUNED: teacher_forced(loaded, prompt, None, answers.ids),
         PRUNED: teacher_forced(loaded, prompt, config, answers.ids),
     }
-    divergence = kl(rows[UNPRUNED], rows[PRUNED])
-    same_first = torch.equal(rows[UNPRUNED][0], rows[PRUNED][0])
-    # Logits that differ must not pass because their divergence rounds to zero.
-    answers.first_kl = 0.0 if same_first else max(float(divergence[0]), 1e-12)
-    answers.kl = divergence[1:].tolist()
+    found = divergence(rows[UNPRUNED], rows[PRUNED])
+    answers.first_kl, answers.kl, answers.agree = found.first_kl, found.kl, found.agree
     preferred = {arm: logits.argmax(dim=-1) for arm, logits in rows.items()}
-    answers.agree = (preferred[UNPRUNED] == preferred[PRUNED])[1:].tolist()
     answers.first_tokens |= {arm: int(ids[0]) for arm, ids in preferred.items()}
     answers.nats = {arm: _nats(logits, answers.ids) for arm, logits in rows.items()}
     expected = [] if answers.answer is None else _ids(loaded, answers.answer)
@@ -98,8 +94,9 @@ def quality(prompts: Sequence[Answers]) -> QualityRecord:
     judged = [one for one in prompts if one.ids is not None and one.first_kl is not None]
     pooled = [value for one in judged for value in one.kl]
     agree = [value for one in judged for value in one.agree]
-    means = [fmean(one.kl) for one in judged if one.kl]
-    firsts = [place for one in judged if (place := first_divergence(one)) is not None]
+    each = [Divergence(one.first_kl or 0.0, one.kl, one.agree) for one in judged]
+    means = [mean for one in each if (mean := one.kl_mean) is not None]
+    firsts = [place for one in each if (place := one.first_divergence) is not None]
     shown = max(prompts, key=lambda one: fmean(one.kl) if one.kl else -1.0, default=Answers())
     return QualityRecord(
         answer_tokens=sum(len(one.ids or ()) for one in judged) if judged else None,
@@ -117,9 +114,9 @@ def quality(prompts: Sequence[Answers]) -> QualityRecord:
     )
 
 
-def first_divergence(answers: Answers) -> int | None:
-    """First position, counted from 1, at which the arms prefer different tokens; None when they never do."""
-    return next((place for place, same in enumerate(answers.agree, 2) if not same), None)
+def is_exact(text: str, expected: str) -> bool:
+    """Whether an answer is the expected one, but for white space around it."""
+    return text.strip() == expected.strip()
 
 
 _BOTH = (PRUNED, UNPRUNED)
@@ -139,7 +136,7 @@ def _perplexity(nats: Sequence[float]) -> float | None:
 
 def _exact_match(prompts: Sequence[Answers], arm: str) -> float | None:
     known = [one for one in prompts if one.answer is not None and arm in one.texts]
-    same = [one.texts[arm].strip() == (one.answer or "").strip() for one in known]
+    same = [is_exact(one.texts[arm], one.answer or "") for one in known]
     return fmean(same) if same else None
 
 

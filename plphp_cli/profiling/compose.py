@@ -26,7 +26,7 @@ from plphp_cli.profiling.records import (
 )
 from plphp_cli.profiling.schedule import CONTROL, slots
 from plphp_cli.profiling.state import ModelFigures, ProfileRequest, PromptState
-from plphp_cli.profiling.statistics import compare, median, percentiles, spread
+from plphp_cli.profiling.statistics import Comparison, compare, median, percentiles, spread
 from plphp_cli.results import MIN_DECODE_STEPS, ImageRecord
 
 FIGURES = {"decode": "decode_s", "ttft": "ttft_s", "end_to_end": "end_to_end_s"}
@@ -237,15 +237,19 @@ def _ratio(
         return None
     control = (_sums(usable, UNPRUNED, figure), _sums(usable, CONTROL, figure))
     over, under = _sums(usable, numerator, figure), _sums(usable, denominator, figure)
-    found = compare(over, under, control)
+    return ratio_profile(compare(over, under, control), f"{numerator}.{figure}", f"{denominator}.{figure}")
+
+
+def ratio_profile(found: Comparison | None, numerator: str, denominator: str) -> RatioProfile | None:
+    """The record of a comparison of two figures, each named `arm.figure`."""
     if found is None:
         return None
-    names = (f"{numerator}.{figure}", f"{denominator}.{figure}")
     return RatioProfile(
         found.median,
         found.low,
         found.high,
-        *names,
+        numerator,
+        denominator,
         control_low=found.control_low,
         control_high=found.control_high,
         verdict=found.verdict,

@@ -15,8 +15,20 @@ from plphp_cli.memory import known
 GIB = 1 << 30
 # Passes over the buffer, of which the fastest counts: anything else is the machine doing other work.
 PASSES = 3
+# Share of the CPU that others may use before a machine counts as busy.
+BUSY = 0.25
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
+
+
+def how_busy() -> tuple[float | None, str | None]:
+    """The share of the CPU that others use while this process does nothing, and a warning if it is large."""
+    import psutil
+
+    share = known(lambda: psutil.cpu_percent(interval=0.5) / 100)
+    if share is None or share <= BUSY:
+        return share, None
+    return share, f"the machine was busy: others used {share:.0%} of the CPU at the start; times may not hold"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.compose import compose
 from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
 from plphp_cli.profiling.layers import check_bytes, layer_profiles
-from plphp_cli.profiling.machine import measure_machine
+from plphp_cli.profiling.machine import how_busy, measure_machine
 from plphp_cli.profiling.pace import Pace, Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.profiling.schedule import CONTROL, alternated, slots
@@ -33,8 +33,6 @@ from plphp_cli.prompt import Prompt
 PRUNE_PASSES = 3
 # Seconds that a fresh process, and measuring the machine, take about: for the progress bar alone.
 FRESH_S, MACHINE_S = 6.0, 2.0
-# Share of the CPU that others may use before a machine counts as busy.
-BUSY = 0.25
 
 
 class ProfileSession:
@@ -160,14 +158,9 @@ class ProfileSession:
 
     def _note_machine(self) -> None:
         """Whether others use the CPU, while this process does nothing."""
-        import psutil
-
-        share = known(lambda: psutil.cpu_percent(interval=0.5) / 100)
-        self._environment["busy_share_before"] = share
-        if share is not None and share > BUSY:
-            self._warnings.append(
-                f"the machine was busy: others used {share:.0%} of the CPU at the start; times may not hold"
-            )
+        self._environment["busy_share_before"], warning = how_busy()
+        if warning is not None:
+            self._warnings.append(warning)
 
     def _stage(self, state: PromptState, text: str) -> str:
         count = len(self.states)

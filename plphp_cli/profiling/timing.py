@@ -108,14 +108,9 @@ class PathArm:
     def decode(self) -> DecodeSample:
         """See `Arm`."""
         assert self.prefilled is not None
-        # Without a processor no text is made: that would count as the next token's time.
-        mute: Any = _without_text(self._loaded)
-        settings = Settings(self._new_tokens, stop_at_eos=False)
         twin = self.prefilled.fork(self._new_tokens)
         with prune(self._loaded.model, self._policy):
-            events = decode(mute, twin, settings, clock=self._timer.clock)
-            tokens = [event for event in events if isinstance(event, Token)]
-        return _sample([t.elapsed_s for t in tokens], [t.token_id for t in tokens])
+            return time_decode(self._loaded, twin, self._new_tokens, self._timer)
 
     def drop(self) -> None:
         """See `Arm`."""
@@ -204,6 +199,15 @@ class _LogitsWatch(LogitsProcessor):
         if not self._logits:
             self._logits.append(self._timer.now())
         return scores
+
+
+def time_decode(loaded: "LoadedModel", prefilled: Prefilled, new_tokens: int, timer: Timer) -> DecodeSample:
+    """Decode exactly `new_tokens` from a prefilled prompt, inside `prune`; they are added to its cache."""
+    # Without a processor no text is made: that would count as the next token's time.
+    mute: Any = _without_text(loaded)
+    events = decode(mute, prefilled, Settings(new_tokens, stop_at_eos=False), clock=timer.clock)
+    tokens = [event for event in events if isinstance(event, Token)]
+    return _sample([t.elapsed_s for t in tokens], [t.token_id for t in tokens])
 
 
 @dataclass

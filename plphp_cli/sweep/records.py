@@ -50,11 +50,15 @@ class Row:
         top1_agreement: share of positions 2..T at which both prefer the same token.
         first_divergence: first position (from 1) at which they do not; None if they never differ.
         answer_tokens: T, end of sequence included.
-        answer: the setting's own greedy answer; None where no expected answer is given.
+        answer: the setting's own greedy answer; None where no expected answer is given, except for the
+            baseline.
         answer_correct: whether that is the expected answer, by exact match; None without one.
         decode_tokens_per_s: measured as `profile` does; None where speed was not measured.
         cut_id: digest of the tokens kept; equal cuts are computed once.
         model: name of the model; `tool_version` of plphp-cli.
+        prompt_tokens: N; `vision_tokens` n_v.
+        decode_samples_s: seconds of each timed decode, paired by place with the baseline's on this prompt.
+        control_samples_s: the baseline once more in the same schedule, the A/A control; of the baseline alone.
     """
 
     method: str
@@ -77,6 +81,10 @@ class Row:
     cut_id: str | None
     model: str
     tool_version: str
+    prompt_tokens: int | None = None
+    vision_tokens: int | None = None
+    decode_samples_s: tuple[float, ...] = ()
+    control_samples_s: tuple[float, ...] = ()
 
     @property
     def setting(self) -> Setting:

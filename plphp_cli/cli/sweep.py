@@ -1,0 +1,422 @@
+"""`plphp sweep`: cache size, quality and speed over a grid of settings, and the one to take."""
+
+import contextlib
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from plphp_cli.cli import options as opt
+from plphp_cli.cli.failures import explained
+from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.output import print_lines, say, stderr_console, time_left, write_stdout
+from plphp_cli.cli.questions import read_questions
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.profiling.state import Question
+from plphp_cli.reports.terminal import config_line
+from plphp_cli.reports.text import one_line
+from plphp_cli.serialize import to_json, write_text
+from plphp_cli.sweep.grid import MIN_SEEDS, Grid, expand
+from plphp_cli.sweep.progress import SweepProgress
+from plphp_cli.sweep.records import METHODS, PLPHP, Constraint, SweepRecord
+from plphp_cli.sweep.request import FRONT, SPEEDS, SweepRequest, prompt_id
+from plphp_cli.sweep.store import check_folder
+
+MAX_KL = 0.05
+RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
+
+_GRID, _CONSTRAINT, _MEASURING, _OUTPUT = "Grid", "Constraint", "Measuring", "Output"
+
+
+class SweepCommand(opt.MultiValueCommand):
+    """Every knob takes several values after its name, and the name may be repeated."""
+
+    multi_value = ("--image", "--r", "--delta-r", "--alpha", "--beta", "--scope", "--head-reduce", "--method")
+
+
+RValues = Annotated[
+    list[float] | None,
+    typer.Option("--r", metavar="X...", help="Base retention rates.", rich_help_panel=_GRID),
+]
+DeltaRValues = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--delta-r",
+        metavar="X...",
+        help="What attentive layers gain on r and indifferent ones lose.",
+        rich_help_panel=_GRID,
+    ),
+]
+AlphaValues = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--alpha", metavar="X...", help="gamma from which a layer is attentive.", rich_help_panel=_GRID
+    ),
+]
+BetaValues = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--beta", metavar="X...", help="gamma below which a layer is indifferent.", rich_help_panel=_GRID
+    ),
+]
+ScopeValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scope", metavar="NAME...", help="Rank vision tokens per prompt, image.", rich_help_panel=_GRID
+    ),
+]
+HeadReduceValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--head-reduce",
+        metavar="NAME...",
+        help="How query heads that share a KV head score a token: mean, max.",
+        rich_help_panel=_GRID,
+    ),
+]
+MethodValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="NAME...",
+        help=f"{', '.join(METHODS)}: ablations at the same bytes.",
+        rich_help_panel=_GRID,
+    ),
+]
+SeedsOption = Annotated[int, typer.Option(metavar="N", help="Draws of method random.", rich_help_panel=_GRID)]
+MaxKLOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl", metavar="X", help="Mean KL in nats, 0.05 by default.", rich_help_panel=_CONSTRAINT
+    ),
+]
+MinAgreementOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Share of tokens that stay the likeliest.", rich_help_panel=_CONSTRAINT),
+]
+MaxAccuracyDropOption = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Exact answers lost, as a share of prompts.", rich_help_panel=_CONSTRAINT),
+]
+MeasureSpeedOption = Annotated[
+    str,
+    typer.Option(metavar="WHICH", help="Decode speed of: all, front, none.", rich_help_panel=_MEASURING),
+]
+RepeatsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Timed decodes of each setting and prompt.", rich_help_panel=_MEASURING),
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option(metavar="N", help="Spread prompts over N processes, with Ray.", rich_help_panel=_MEASURING),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Of an existing Ray cluster, or auto.", rich_help_panel=_MEASURING),
+]
+OutOption = Annotated[
+    str, typer.Option("--out", metavar="DIR", help="Folder of the results.", rich_help_panel=_OUTPUT)
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", metavar="", help="Continue what is in the folder.", rich_help_panel=_OUTPUT),
+]
+
+
+def sweep(
+    context: typer.Context,
+    image: opt.ImageOption = None,
+    prompt: opt.PromptOption = None,
+    data: opt.DataOption = None,
+    system: opt.SystemOption = None,
+    max_pixels: opt.MaxPixelsOption = None,
+    model: opt.ModelOption = "builtin",
+    dtype: opt.DtypeOption = "auto",
+    device: opt.DeviceOption = "auto",
+    attn: opt.AttnOption = "sdpa",
+    config: opt.ConfigOption = None,
+    r: RValues = None,
+    delta_r: DeltaRValues = None,
+    alpha: AlphaValues = None,
+    beta: BetaValues = None,
+    scope: ScopeValues = None,
+    head_reduce: HeadReduceValues = None,
+    skip_layers: opt.SkipLayersOption = None,
+    method: MethodValues = None,
+    seeds: SeedsOption = MIN_SEEDS,
+    max_kl: MaxKLOption = None,
+    min_agreement: MinAgreementOption = None,
+    max_accuracy_drop: MaxAccuracyDropOption = None,
+    max_new_tokens: opt.MaxNewTokensOption = 128,
+    measure_speed: MeasureSpeedOption = FRONT,
+    repeats: RepeatsOption = None,
+    workers: WorkersOption = 1,
+    ray_address: RayAddressOption = None,
+    out: OutOption = "plphp-sweep",
+    resume: ResumeOption = False,
+    json: opt.JsonOption = None,
+    force: opt.ForceOption = False,
+    no_live: opt.NoLiveOption = False,
+    debug: opt.DebugOption = False,
+) -> int:
+    """Try a grid of settings on your prompts, one prefill a prompt, and recommend one.
+
+    A knob takes several values: --alpha 0.3 0.5. What is not given comes from --config or the model's default.
+    """
+    opt.check_json_target(json, force)
+    opt.check_generation(max_new_tokens, None, None, 0)
+    constraint = _constraint(max_kl, min_agreement, max_accuracy_drop)
+    _check_measuring(measure_speed, repeats, workers)
+    base, origin = opt.choose_config(model, config, opt.overrides(skip_layers=skip_layers))
+    values = {
+        "r": r,
+        "delta_r": delta_r,
+        "alpha": alpha,
+        "beta": beta,
+        "scope": scope,
+        "head_reduce": head_reduce,
+    }
+    grid = expand(base, {name: given or () for name, given in values.items()}, method or (PLPHP,), seeds)
+    folder = _folder(out)
+    check_folder(folder, resume)
+    opt.check_model(model)
+    questions, grid = _each_once(read_questions(image, prompt, data, system, max_pixels), grid)
+    _check_questions(questions, constraint)
+    say(f"base config: {origin}: {config_line(base)}")
+    request = SweepRequest(
+        questions=questions,
+        grid=grid,
+        constraint=constraint,
+        model=model,
+        out=folder,
+        dtype=dtype,
+        device=device,
+        attn=attn,
+        max_pixels=max_pixels,
+        max_new_tokens=max_new_tokens,
+        measure_speed=measure_speed,
+        repeats=repeats,
+        workers=workers,
+        ray_address=ray_address,
+        resume=resume,
+        inputs=_inputs(questions, data, system, max_pixels, model, dtype, device, attn),
+        command=tuple(context.obj or sys.argv),
+    )
+    return execute(request, json, force, live=not no_live)
+
+
+def execute(request: SweepRequest, json: str | None, force: bool, live: bool) -> int:
+    """Measure, write and print what came of it, and return the exit code.
+
+    Args:
+        request: what to measure.
+        json: where the record goes as well, `-` for stdout.
+        force: overwrite that file.
+        live: whether a live table may be drawn.
+
+    Raises:
+        PLPHPError: it failed; what was measured by then has been kept, written and printed.
+    """
+    _say_size(request)
+    interrupted, failure = False, None
+    with Interrupts() as interrupts:
+        say(f"loading {one_line(request.model)}")
+        from plphp_cli.sweep.session import SweepSession
+
+        with _progress(live) as show, SweepSession(request, show, interrupts.check) as session:
+            try:
+                session.run()
+                interrupts.check()
+            except KeyboardInterrupt:
+                interrupted = True
+            except Exception as error:
+                # An interrupted import or kernel may surface as an error of its own.
+                interrupted = interrupts.received is not None
+                failure = None if interrupted else explained(error)
+                if failure is not None and not session.started:
+                    raise failure from error
+            record = _with_next(session.record(interrupted or failure is not None), request)
+        try:
+            _write(record, request.out, json, force)
+        except PLPHPError as error:
+            # A full disk has one line, whichever file met it first.
+            failure = failure or error
+        _print(record, request, json)
+    if failure is not None:
+        raise failure
+    return interrupts.exit_code if interrupted else 0
+
+
+def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:
+    """The record with the recommended config's file and the command that goes on from it."""
+    found = record.recommendation
+    if found is None or found.point is None:
+        return record
+    file = str(request.out / RECOMMENDED)
+    command = shlex.join(["plphp", "profile", "--config", file, *request.inputs, "--compare-baseline"])
+    return dataclasses.replace(
+        record, recommendation=dataclasses.replace(found, config_file=file, next_command=command)
+    )
+
+
+def _write(record: SweepRecord, folder: Path, json: str | None, force: bool) -> None:
+    from plphp_cli.reports.sweep_csv import sweep_csv
+    from plphp_cli.reports.sweep_html import sweep_html
+
+    text = to_json(record) + "\n"
+    write_text(folder / REPORT, text, force=True)
+    if json is not None and json != "-":
+        write_text(json, text, force)
+    write_text(folder / SUMMARY, sweep_csv(record), force=True)
+    write_text(folder / PAGE, sweep_html(record), force=True)
+    chosen = _recommended(record)
+    if chosen is not None:
+        chosen.to_file(folder / RECOMMENDED, force=True)
+    else:
+        # That of an earlier invocation does not keep to what is asked now.
+        (folder / RECOMMENDED).unlink(missing_ok=True)
+
+
+def _recommended(record: SweepRecord) -> PLPHPConfig | None:
+    found = record.recommendation
+    return None if found is None or found.point is None else record.points[found.point].setting.config
+
+
+def _print(record: SweepRecord, request: SweepRequest, json: str | None) -> None:
+    """The report is the answer and goes to stdout, unless the JSON does."""
+    from plphp_cli.reports.sweep_terminal import sweep_report
+
+    console = stderr_console()
+    if json == "-":
+        write_stdout(to_json(record))
+    elif sys.stdout is not None:
+        console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    if record.points:
+        colour = console.color_system is not None and not console.no_color
+        print_lines(sweep_report(record, console.width, colour), console)
+    if record.interrupted:
+        say("interrupted: continue with the same command and --resume")
+    say(f"results: {request.out}")
+
+
+def _constraint(
+    max_kl: float | None, min_agreement: float | None, max_accuracy_drop: float | None
+) -> Constraint:
+    given = {"max-kl": max_kl, "min-agreement": min_agreement, "max-accuracy-drop": max_accuracy_drop}
+    typed = [name for name, value in given.items() if value is not None]
+    if len(typed) > 1:
+        raise UsageError(f"--{typed[0]} and --{typed[1]} were both given", hint="state one constraint")
+    if max_kl is not None and not (math.isfinite(max_kl) and max_kl >= 0):
+        raise UsageError(f"max-kl = {max_kl:g}; expected a number of nats, 0 or more")
+    for name in ("min-agreement", "max-accuracy-drop"):
+        if (value := given[name]) is not None and not 0 <= value <= 1:
+            raise UsageError(f"{name} = {value:g}; expected a number in [0, 1]")
+    if min_agreement is not None:
+        return Constraint("agreement", min_agreement)
+    if max_accuracy_drop is not None:
+        return Constraint("accuracy_drop", max_accuracy_drop)
+    return Constraint("kl", MAX_KL if max_kl is None else max_kl)
+
+
+def _check_measuring(measure_speed: str, repeats: int | None, workers: int) -> None:
+    if measure_speed not in SPEEDS:
+        raise UsageError(f"measure-speed {measure_speed!r}; expected {', '.join(SPEEDS)}")
+    if repeats is not None and repeats < 1:
+        raise UsageError(f"repeats = {repeats}; expected 1 or more")
+    if workers < 1:
+        raise UsageError(f"workers = {workers}; expected 1 or more")
+
+
+def _folder(out: str) -> Path:
+    if not out:
+        raise UsageError("--out is empty", hint="name a folder")
+    return Path(out)
+
+
+def _each_once(questions: tuple[Question, ...], grid: Grid) -> tuple[tuple[Question, ...], Grid]:
+    """The prompts without repetitions, which are told: a prompt that counts twice says nothing new."""
+    once = {prompt_id(question): question for question in reversed(questions)}
+    kept = tuple(reversed(once.values()))
+    if len(kept) < len(questions):
+        count = len(questions) - len(kept)
+        text = f"{count} prompt{'s'[: count > 1]} given more than once: each counts once"
+        grid = dataclasses.replace(grid, warnings=(*grid.warnings, text))
+    return kept, grid
+
+
+def _check_questions(questions: tuple[Question, ...], constraint: Constraint) -> None:
+    if not any(question.images for question in questions):
+        raise UsageError(
+            "no prompt has an image, so there is nothing to prune", hint="name files with --image"
+        )
+    if constraint.name == "accuracy_drop" and all(question.answer is None for question in questions):
+        raise UsageError(
+            "--max-accuracy-drop was given, but no prompt has an expected answer",
+            hint="give `answer` in the lines of --data, or use --max-kl",
+        )
+
+
+def _inputs(
+    questions: tuple[Question, ...],
+    data: str | None,
+    system: str | None,
+    max_pixels: int | None,
+    model: str,
+    dtype: str,
+    device: str,
+    attn: str,
+) -> tuple[str, ...]:
+    """The words that give another command the same prompts and model."""
+    if data is not None:
+        words = ["--data", data]
+    else:
+        words = ["--image", *(image.path for image in questions[0].images), "--prompt", questions[0].prompt]
+    said = {
+        "--system": system,
+        "--max-pixels": None if max_pixels is None else str(max_pixels),
+        "--model": None if model == "builtin" else model,
+        "--dtype": None if dtype == "auto" else dtype,
+        "--device": None if device == "auto" else device,
+        "--attn": None if attn == "sdpa" else attn,
+    }
+    return (*words, *(word for name, value in said.items() if value is not None for word in (name, value)))
+
+
+def _say_size(request: SweepRequest) -> None:
+    """What is about to be done, and what is not: a combination that is skipped is never silent."""
+    grid, prompts = request.grid, len(request.questions)
+    settings = len(grid.settings)
+    say(f"{settings} settings (the unpruned baseline among them) on {prompts} prompt{'s'[: prompts != 1]}")
+    if grid.skipped:
+        say(f"{len(grid.skipped)} combinations skipped, such as: {grid.skipped[0].reason}")
+    for warning in grid.warnings:
+        say(f"note: {warning}")
+
+
+@contextlib.contextmanager
+def _progress(live: bool) -> Iterator[Callable[[SweepProgress], None]]:
+    """A live table on a terminal, else a line per prompt."""
+    console = stderr_console()
+    if not (live and console.is_terminal):
+        said: list[str] = []
+
+        def tell(progress: SweepProgress) -> None:
+            if said[-1:] != [progress.stage]:
+                said[:] = [progress.stage]
+                left = progress.remaining_s
+                say(progress.stage + ("" if left is None else f" (about {time_left(left)} left)"))
+
+        yield tell
+        return
+    from plphp_cli.reports.sweep_live import sweep_live
+
+    latest = [SweepProgress(0, 0, None, "starting")]
+    with sweep_live(console, lambda: latest[0]):
+        yield lambda progress: latest.__setitem__(0, progress)

@@ -1,0 +1,58 @@
+"""What rows of two invocations must share to stand in one table: tool, model, its dtype, and how it is run."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from plphp_cli import __version__
+from plphp_cli.models.choices import choose_device, choose_dtype
+from plphp_cli.models.loaded import CONFIG_NAME
+from plphp_cli.models.sources import Source, complete, locate
+from plphp_cli.sweep.request import SweepRequest
+
+# Of larger files this much is read, in blocks spread over them: a model of other weights differs everywhere.
+_WHOLE_BYTES = 256 << 20
+_BLOCK_BYTES = 1 << 20
+
+Identity = dict[str, str]
+
+
+def identity(request: SweepRequest) -> Identity:
+    """Everything but the prompts and settings that a row depends on, in words to compare and to show."""
+    source = complete(locate(request.model))
+    device = choose_device(request.device)
+    return {
+        "tool version": __version__,
+        "model": source.name,
+        "model files": model_digest(source),
+        "dtype": str(choose_dtype(request.dtype, device, source.builtin)).removeprefix("torch."),
+        "device": device.type,
+        "attention back-end": request.attn,
+        "max new tokens": str(request.max_new_tokens),
+        "max pixels": str(request.max_pixels),
+    }
+
+
+def model_digest(source: Source) -> str:
+    """The commit of a hub model, else a digest of what the model's folder holds."""
+    if source.revision is not None:
+        return source.revision
+    digest = hashlib.sha256()
+    kinds = ("*.json", "*.safetensors", "*.jinja", "*.model")
+    files = [file for kind in kinds for file in source.folder.glob(kind)]
+    # A setting is no part of the model, and has its own place in every row.
+    for file in sorted(file for file in files if file.name != CONFIG_NAME):
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    count = -(-min(size, _WHOLE_BYTES) // _BLOCK_BYTES)
+    with path.open("rb") as file:
+        for number in range(count):
+            if size > _WHOLE_BYTES:
+                file.seek(number * (size - _BLOCK_BYTES) // (count - 1))
+            yield file.read(_BLOCK_BYTES)
