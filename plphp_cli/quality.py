@@ -43,7 +43,64 @@ class Divergence:
         return max(self.kl, default=None)
 
     @property
-    def divergence(reference_logits: Tensor, logits: Tensor) -> Divergence:
+    def top1_agreement(self) -> float | None:
+        """Share of positions 2 .. T at which both prefer the same token; None when T = 1."""
+        return fmean(self.agree) if self.agree else None
+
+    @property
+    def first_divergence(self) -> int | None:
+        """First position, counted from 1, at which they do not; None when they never differ."""
+        return next((place for place, same in enumerate(self.agree, 2) if not same), None)
+
+
+def teacher_forced(
+    loaded: "LoadedModel",
+    prompt: Prompt,
+    policy: PLPHPConfig | Policy | None,
+    answer_ids: Sequence[int],
+) -> Tensor:
+    """What the model expects at each position of a given answer, with its cache cut by `policy`.
+
+    Args:
+        loaded: the model.
+        prompt: the prompt, on the model's device.
+        policy: a config, a policy, or None for the unpruned arm.
+        answer_ids: y_1 .. y_T, at least one.
+
+    Returns:
+        float32 logits [T, vocab]; row t is the expectation of y_t given the prompt and y_1 .. y_(t-1).
+
+    Raises:
+        UnsupportedError: the model or the prompt cannot be pruned, with the reason.
+    """
+    with prune(loaded.model, policy) as pruner:
+        return along(loaded, prefill(loaded, prompt, pruner, len(answer_ids)), answer_ids)
+
+
+def along(loaded: "LoadedModel", prefilled: Prefilled, answer_ids: Sequence[int]) -> Tensor:
+    """`teacher_forced` from a prefilled prompt, inside `prune`: one forward over the whole answer.
+
+    The answer is added to the prompt's cache; fork the prompt to use it again.
+    """
+    first = prefilled.logits[None]
+    if len(answer_ids) == 1:
+        return first
+    ids = torch.tensor([list(answer_ids[:-1])], device=prefilled.input_ids.device)
+    return torch.cat([first, advance(loaded, prefilled, ids)])
+
+
+def kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || other) per position, in nats, float32 [T], of two logits [T, vocab].
+
+    Position 1 is zero when both come from the same prompt: prefill is not cut.
+    """
+    reference = reference_logits.float().log_softmax(dim=-1)
+    other = logits.float().log_softmax(dim=-1)
+    # Rounding can make the sum a hair negative; equal rows give exactly zero.
+    return (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0)
+
+
+def divergence(reference_logits: Tensor, logits: Tensor) -> Divergence:
     """What two arms' logits [T, vocab] along one answer differ by."""
     nats = kl(reference_logits, logits)
     same_first = torch.equal(reference_logits[0], logits[0])
@@ -77,4 +134,3 @@ def layer_need(loaded: "LoadedModel", prompt: Prompt, answer_ids: Sequence[int])
             without = along(loaded, whole.cut(FixedRates({layer.index: 0.0}), room), answer_ids)
             needs.append(kl(reference, without)[1:].mean().item())
     return needs
-

@@ -168,7 +168,8 @@ def sweep(
 ) -> int:
     """Try a grid of settings on your prompts, one prefill a prompt, and recommend one.
 
-    A knob takes several values: --alpha 0.3 0.5. What is not given comes from --config or the model's default.
+    A knob takes several values: --alpha 0.3 0.5. One that is not given is as in --config or the model's
+    default.
     """
     opt.check_json_target(json, force)
     opt.check_generation(max_new_tokens, None, None, 0)
@@ -227,22 +228,23 @@ def execute(request: SweepRequest, json: str | None, force: bool, live: bool) ->
     _say_size(request)
     interrupted, failure = False, None
     with Interrupts() as interrupts:
-        say(f"loading {one_line(request.model)}")
-        from plphp_cli.sweep.session import SweepSession
+        with _progress(live) as show:
+            show(SweepProgress(0, 0, None, f"loading {one_line(request.model)}"))
+            from plphp_cli.sweep.session import SweepSession
 
-        with _progress(live) as show, SweepSession(request, show, interrupts.check) as session:
-            try:
-                session.run()
-                interrupts.check()
-            except KeyboardInterrupt:
-                interrupted = True
-            except Exception as error:
-                # An interrupted import or kernel may surface as an error of its own.
-                interrupted = interrupts.received is not None
-                failure = None if interrupted else explained(error)
-                if failure is not None and not session.started:
-                    raise failure from error
-            record = _with_next(session.record(interrupted or failure is not None), request)
+            with SweepSession(request, show, interrupts.check) as session:
+                try:
+                    session.run()
+                    interrupts.check()
+                except KeyboardInterrupt:
+                    interrupted = True
+                except Exception as error:
+                    # An interrupted import or kernel may surface as an error of its own.
+                    interrupted = interrupts.received is not None
+                    failure = None if interrupted else explained(error)
+                    if failure is not None and not session.started:
+                        raise failure from error
+                record = _with_next(session.record(interrupted or failure is not None), request)
         try:
             _write(record, request.out, json, force)
         except PLPHPError as error:

@@ -1,4 +1,4 @@
-"""What rows of two invocations must share to stand in one table: tool, model, its dtype, and how it is run."""
+"""What rows of two invocations must share to stand in one table: tool, model, and how it is run."""
 
 import hashlib
 from collections.abc import Iterator

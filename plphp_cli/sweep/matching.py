@@ -64,8 +64,8 @@ class EvenPolicy:
 def policy_of(setting: Setting, budget: Callable[[PLPHPConfig], Budget]) -> Policy:
     """The policy of a setting other than the baseline.
 
-    `layer-only` holds by construction what PLPHP holds, layer by layer. The others take the same total, spread
-    evenly over the layers, exempt ones included; they rank the whole prompt, whatever the config's scope.
+    `layer-only` holds by construction what PLPHP holds, layer by layer. The others take the same total,
+    spread evenly over the layers, exempt ones included; they rank the whole prompt, whatever the scope.
 
     Args:
         setting: a method and the config that it is compared to.

@@ -58,7 +58,7 @@ class Row:
         model: name of the model; `tool_version` of plphp-cli.
         prompt_tokens: N; `vision_tokens` n_v.
         decode_samples_s: seconds of each timed decode, paired by place with the baseline's on this prompt.
-        control_samples_s: the baseline once more in the same schedule, the A/A control; of the baseline alone.
+        control_samples_s: the baseline once more in the same schedule, the A/A control; of its own row alone.
     """
 
     method: str

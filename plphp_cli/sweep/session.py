@@ -1,4 +1,4 @@
-"""The work of `plphp sweep`, in its order: what was measured is kept at once, and can be recorded any time."""
+"""The work of `plphp sweep`, in its order: what was measured is kept at once, and can be recorded."""
 
 import contextlib
 import dataclasses
@@ -162,11 +162,13 @@ class SweepSession:
 
         self._tell("starting workers")
         self._measuring = time.monotonic()
-        for outcomes, tally, note in spread(self._request, self._jobs(), self._check):
-            self._tally.add(tally)
-            self._environment |= note
-            for outcome in outcomes:
-                self._take(outcome)
+        with contextlib.closing(spread(self._request, self._jobs(), self._check)) as portions:
+            for done, portion in enumerate(portions, 1):
+                self._tally.add(portion.tally)
+                self._environment.setdefault("workers", {}).update(portion.worker)
+                for outcome in portion.outcomes:
+                    self._take(outcome)
+                self._tell(f"{done} prompts done by workers")
 
     def _take(self, outcome: Row | Refused) -> None:
         """Keep a row, or drop the setting that could not be measured."""

@@ -4,7 +4,7 @@ One prefill serves all settings of a prompt: each timed decode starts from a cut
 clock starts, so that one whole cache and one cut are all that is held.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ def samples(
     settings: Sequence[Setting],
     request: SweepRequest,
     timer: Timer,
-) -> Iterator[tuple[Setting | None, float | None]]:
+) -> Generator[tuple[Setting | None, float | None], None, None]:
     """Seconds of each timed decode of a prompt, in the order in which they are taken; None for a warm-up.
 
     The setting None is the A/A control. Every other prompt goes through the settings in reverse, so that a

@@ -133,7 +133,7 @@ class Store:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            # What was written of the line would be dropped by the next resume, if it cannot be taken back now.
+            # What was written of the line is dropped by the next resume, if it cannot be taken back now.
             with contextlib.suppress(OSError):
                 self._file.truncate(self._length)
             raise PLPHPError(

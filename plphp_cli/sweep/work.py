@@ -3,7 +3,7 @@
 At any moment there is one whole cache with its score rows, and one cut of it at most.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ class Tally:
             setattr(self, name, getattr(self, name) + value)
 
 
-def measure_prompt(loaded: "LoadedModel", job: Job, tally: Tally) -> Iterator[Row | Refused]:
+def measure_prompt(loaded: "LoadedModel", job: Job, tally: Tally) -> Generator[Row | Refused, None, None]:
     """Measure a prompt under each of its settings, in their order; close it to restore the model.
 
     Raises:
