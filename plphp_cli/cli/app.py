@@ -16,6 +16,7 @@ from plphp_cli.cli import calibrate, profile, run, sweep
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.options import MultiValueCommand
 from plphp_cli.cli.output import print_error
+from plphp_cli.cli.sweep_options import SweepCommand
 from plphp_cli.errors import PLPHPError
 
 EXIT_INTERRUPTED = 130
@@ -32,7 +33,7 @@ app = typer.Typer(
 # Commands, one line each; a command's module imports torch in its functions only.
 app.command("run", cls=MultiValueCommand)(run.run)
 app.command("profile", cls=MultiValueCommand)(profile.profile)
-app.command("sweep", cls=sweep.SweepCommand)(sweep.sweep)
+app.command("sweep", cls=SweepCommand)(sweep.sweep)
 app.command("calibrate", cls=MultiValueCommand)(calibrate.calibrate)
 
 

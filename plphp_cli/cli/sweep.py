@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from plphp_cli.cli import options as opt
+from plphp_cli.cli import sweep_options as own
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.output import print_lines, say, stderr_console, time_left, write_stdout
@@ -25,109 +24,11 @@ from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json, write_text
 from plphp_cli.sweep.grid import MIN_SEEDS, Grid, expand
 from plphp_cli.sweep.progress import SweepProgress
-from plphp_cli.sweep.records import METHODS, PLPHP, Constraint, SweepRecord
-from plphp_cli.sweep.request import FRONT, SPEEDS, SweepRequest, prompt_id
+from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
+from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
 from plphp_cli.sweep.store import check_folder
 
-MAX_KL = 0.05
 RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
-
-_GRID, _CONSTRAINT, _MEASURING, _OUTPUT = "Grid", "Constraint", "Measuring", "Output"
-
-
-class SweepCommand(opt.MultiValueCommand):
-    """Every knob takes several values after its name, and the name may be repeated."""
-
-    multi_value = ("--image", "--r", "--delta-r", "--alpha", "--beta", "--scope", "--head-reduce", "--method")
-
-
-RValues = Annotated[
-    list[float] | None,
-    typer.Option("--r", metavar="X...", help="Base retention rates.", rich_help_panel=_GRID),
-]
-DeltaRValues = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--delta-r",
-        metavar="X...",
-        help="What attentive layers gain on r and indifferent ones lose.",
-        rich_help_panel=_GRID,
-    ),
-]
-AlphaValues = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--alpha", metavar="X...", help="gamma from which a layer is attentive.", rich_help_panel=_GRID
-    ),
-]
-BetaValues = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--beta", metavar="X...", help="gamma below which a layer is indifferent.", rich_help_panel=_GRID
-    ),
-]
-ScopeValues = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--scope", metavar="NAME...", help="Rank vision tokens per prompt, image.", rich_help_panel=_GRID
-    ),
-]
-HeadReduceValues = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--head-reduce",
-        metavar="NAME...",
-        help="How query heads that share a KV head score a token: mean, max.",
-        rich_help_panel=_GRID,
-    ),
-]
-MethodValues = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        metavar="NAME...",
-        help=f"{', '.join(METHODS)}: ablations at the same bytes.",
-        rich_help_panel=_GRID,
-    ),
-]
-SeedsOption = Annotated[int, typer.Option(metavar="N", help="Draws of method random.", rich_help_panel=_GRID)]
-MaxKLOption = Annotated[
-    float | None,
-    typer.Option(
-        "--max-kl", metavar="X", help="Mean KL in nats, 0.05 by default.", rich_help_panel=_CONSTRAINT
-    ),
-]
-MinAgreementOption = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Share of tokens that stay the likeliest.", rich_help_panel=_CONSTRAINT),
-]
-MaxAccuracyDropOption = Annotated[
-    float | None,
-    typer.Option(metavar="X", help="Exact answers lost, as a share of prompts.", rich_help_panel=_CONSTRAINT),
-]
-MeasureSpeedOption = Annotated[
-    str,
-    typer.Option(metavar="WHICH", help="Decode speed of: all, front, none.", rich_help_panel=_MEASURING),
-]
-RepeatsOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Timed decodes of each setting and prompt.", rich_help_panel=_MEASURING),
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option(metavar="N", help="Spread prompts over N processes, with Ray.", rich_help_panel=_MEASURING),
-]
-RayAddressOption = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="Of an existing Ray cluster, or auto.", rich_help_panel=_MEASURING),
-]
-OutOption = Annotated[
-    str, typer.Option("--out", metavar="DIR", help="Folder of the results.", rich_help_panel=_OUTPUT)
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option("--resume", metavar="", help="Continue what is in the folder.", rich_help_panel=_OUTPUT),
-]
 
 
 def sweep(
@@ -142,25 +43,25 @@ def sweep(
     device: opt.DeviceOption = "auto",
     attn: opt.AttnOption = "sdpa",
     config: opt.ConfigOption = None,
-    r: RValues = None,
-    delta_r: DeltaRValues = None,
-    alpha: AlphaValues = None,
-    beta: BetaValues = None,
-    scope: ScopeValues = None,
-    head_reduce: HeadReduceValues = None,
+    r: own.RValues = None,
+    delta_r: own.DeltaRValues = None,
+    alpha: own.AlphaValues = None,
+    beta: own.BetaValues = None,
+    scope: own.ScopeValues = None,
+    head_reduce: own.HeadReduceValues = None,
     skip_layers: opt.SkipLayersOption = None,
-    method: MethodValues = None,
-    seeds: SeedsOption = MIN_SEEDS,
-    max_kl: MaxKLOption = None,
-    min_agreement: MinAgreementOption = None,
-    max_accuracy_drop: MaxAccuracyDropOption = None,
+    method: own.MethodValues = None,
+    seeds: own.SeedsOption = MIN_SEEDS,
+    max_kl: own.MaxKLOption = None,
+    min_agreement: own.MinAgreementOption = None,
+    max_accuracy_drop: own.MaxAccuracyDropOption = None,
     max_new_tokens: opt.MaxNewTokensOption = 128,
-    measure_speed: MeasureSpeedOption = FRONT,
-    repeats: RepeatsOption = None,
-    workers: WorkersOption = 1,
-    ray_address: RayAddressOption = None,
-    out: OutOption = "plphp-sweep",
-    resume: ResumeOption = False,
+    measure_speed: own.MeasureSpeedOption = FRONT,
+    repeats: own.RepeatsOption = None,
+    workers: own.WorkersOption = 1,
+    ray_address: own.RayAddressOption = None,
+    out: own.OutOption = "plphp-sweep",
+    resume: own.ResumeOption = False,
     json: opt.JsonOption = None,
     force: opt.ForceOption = False,
     no_live: opt.NoLiveOption = False,
@@ -173,8 +74,8 @@ def sweep(
     """
     opt.check_json_target(json, force)
     opt.check_generation(max_new_tokens, None, None, 0)
-    constraint = _constraint(max_kl, min_agreement, max_accuracy_drop)
-    _check_measuring(measure_speed, repeats, workers)
+    constraint = own.constraint_of(max_kl, min_agreement, max_accuracy_drop)
+    own.check_measuring(measure_speed, repeats, workers, ray_address)
     base, origin = opt.choose_config(model, config, opt.overrides(skip_layers=skip_layers))
     values = {
         "r": r,
@@ -306,34 +207,6 @@ def _print(record: SweepRecord, request: SweepRequest, json: str | None) -> None
     if record.interrupted:
         say("interrupted: continue with the same command and --resume")
     say(f"results: {request.out}")
-
-
-def _constraint(
-    max_kl: float | None, min_agreement: float | None, max_accuracy_drop: float | None
-) -> Constraint:
-    given = {"max-kl": max_kl, "min-agreement": min_agreement, "max-accuracy-drop": max_accuracy_drop}
-    typed = [name for name, value in given.items() if value is not None]
-    if len(typed) > 1:
-        raise UsageError(f"--{typed[0]} and --{typed[1]} were both given", hint="state one constraint")
-    if max_kl is not None and not (math.isfinite(max_kl) and max_kl >= 0):
-        raise UsageError(f"max-kl = {max_kl:g}; expected a number of nats, 0 or more")
-    for name in ("min-agreement", "max-accuracy-drop"):
-        if (value := given[name]) is not None and not 0 <= value <= 1:
-            raise UsageError(f"{name} = {value:g}; expected a number in [0, 1]")
-    if min_agreement is not None:
-        return Constraint("agreement", min_agreement)
-    if max_accuracy_drop is not None:
-        return Constraint("accuracy_drop", max_accuracy_drop)
-    return Constraint("kl", MAX_KL if max_kl is None else max_kl)
-
-
-def _check_measuring(measure_speed: str, repeats: int | None, workers: int) -> None:
-    if measure_speed not in SPEEDS:
-        raise UsageError(f"measure-speed {measure_speed!r}; expected {', '.join(SPEEDS)}")
-    if repeats is not None and repeats < 1:
-        raise UsageError(f"repeats = {repeats}; expected 1 or more")
-    if workers < 1:
-        raise UsageError(f"workers = {workers}; expected 1 or more")
 
 
 def _folder(out: str) -> Path:

@@ -20,13 +20,17 @@ Identity = dict[str, str]
 def identity(request: SweepRequest) -> Identity:
     """Everything but the prompts and settings that a row depends on, in words to compare and to show."""
     source = complete(locate(request.model))
-    device = choose_device(request.device)
+    # On a cluster the machines that run the model decide what `auto` is, not this one.
+    where, dtype = request.device, request.dtype
+    if request.ray_address is None:
+        device = choose_device(request.device)
+        where, dtype = device.type, str(choose_dtype(dtype, device, source.builtin)).removeprefix("torch.")
     return {
         "tool version": __version__,
         "model": source.name,
         "model files": model_digest(source),
-        "dtype": str(choose_dtype(request.dtype, device, source.builtin)).removeprefix("torch."),
-        "device": device.type,
+        "dtype": dtype,
+        "device": where,
         "attention back-end": request.attn,
         "max new tokens": str(request.max_new_tokens),
         "max pixels": str(request.max_pixels),

@@ -63,7 +63,7 @@ class SweepSession:
         self._warnings = list(request.grid.warnings)
         self._environment: dict[str, Any] = {}
         self._loaded: LoadedModel | None = None
-        self._tally, self._measured = Tally(), 0
+        self._tally, self._measured, self._paced = Tally(), 0, 0
         self._start = self._measuring = self._looked = time.monotonic()
         self._best: tuple[Point, ...] = ()
         self._stage = ""
@@ -164,6 +164,9 @@ class SweepSession:
         self._measuring = time.monotonic()
         with contextlib.closing(spread(self._request, self._jobs(), self._check)) as portions:
             for done, portion in enumerate(portions, 1):
+                if done == 1:
+                    # Until now workers started; from now on the pace is that of their work.
+                    self._measuring, self._paced = time.monotonic(), -len(portion.outcomes)
                 self._tally.add(portion.tally)
                 self._environment.setdefault("workers", {}).update(portion.worker)
                 for outcome in portion.outcomes:
@@ -175,6 +178,7 @@ class SweepSession:
         if isinstance(outcome, Row):
             self._store.append(outcome)
             self._measured += 1
+            self._paced += 1
             self._done += 1
         elif outcome.setting in self._settings:
             self._settings.remove(outcome.setting)
@@ -223,8 +227,8 @@ class SweepSession:
         expected = len(self._settings) * len(self._ids)
         if stage is not None:
             self._stage = stage
-        if self._measured and remaining_s is None:
-            remaining_s = (expected - self._done) * (now - self._measuring) / self._measured
+        if self._paced > 0 and remaining_s is None:
+            remaining_s = (expected - self._done) * (now - self._measuring) / self._paced
         if stage is not None and now - self._looked > LOOK_S:
             self._looked = now
             self._best = points(self.rows(), self._prompts(), self._request.constraint, intervals=False)
