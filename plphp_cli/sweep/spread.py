@@ -144,6 +144,7 @@ def _cluster(request: SweepRequest) -> Iterator[Callable[[], Any]]:
     import ray
     import torch
 
+    made: list[Any] = []
     ours = not ray.is_initialized()
     if ours:
         _start(request)
@@ -158,8 +159,15 @@ def _cluster(request: SweepRequest) -> Iterator[Callable[[], Any]]:
         remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_restarts=0)(_Worker)
         # Without the prompts: a worker is given one at a time.
         bare, expected = dataclasses.replace(request, questions=()), identity(request)
-        yield lambda: remote.remote(bare, expected, threads)
+
+        def make() -> Any:
+            made.append(remote.remote(bare, expected, threads))
+            return made[-1]
+
+        yield make
     finally:
+        for worker in made:
+            ray.kill(worker)
         if ours:
             ray.shutdown()
 
