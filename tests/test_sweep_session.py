@@ -62,6 +62,7 @@ def request_of(toy, questions, tmp_path):
 
 def swept(request, **callbacks):
     with SweepSession(request, **callbacks) as session:
+        session.prepare()
         session.run()
         return session.record()
 
@@ -109,10 +110,11 @@ def test_an_interrupted_sweep_keeps_what_it_measured(request_of):
 
     def check():
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 7:
             raise KeyboardInterrupt
 
     with SweepSession(request_of(), check=check) as session:
+        session.prepare()
         with pytest.raises(KeyboardInterrupt):
             session.run()
         assert session.started
@@ -141,7 +143,7 @@ def test_another_length_of_answers_is_another_sweep(request_of):
 def test_layers_that_the_model_lacks_are_refused_before_any_work(request_of):
     grid = expand(BASE.replace(skip_layers=[7]), {})
     with SweepSession(request_of(grid=grid)) as session, pytest.raises(ConfigError, match="layers 0 to 2"):
-        session.run()
+        session.prepare()
 
 
 class KnownSpeed:

@@ -58,6 +58,7 @@ def request_of(toy, questions, out, **changes):
 
 
 def rows_of(session):
+    session.prepare()
     session.run()
     return {(row.setting, row.prompt_id): row for row in session.rows()}
 

@@ -135,6 +135,7 @@ def execute(request: SweepRequest, json: str | None, force: bool, live: bool) ->
 
             with SweepSession(request, show, interrupts.check) as session:
                 try:
+                    session.prepare()
                     session.run()
                     interrupts.check()
                 except KeyboardInterrupt:

@@ -29,7 +29,7 @@ from plphp_cli.sweep.records import (
     Skipped,
     SweepRecord,
 )
-from plphp_cli.sweep.request import SweepRequest, prompt_id
+from plphp_cli.sweep.request import NONE, SweepRequest, prompt_id
 from plphp_cli.sweep.speed import samples, speeds, timed_row, to_time
 from plphp_cli.sweep.store import Store
 from plphp_cli.sweep.work import Job, Refused, Tally, check_settings, measure_prompt
@@ -67,6 +67,7 @@ class SweepSession:
         self._start = self._measuring = self._looked = time.monotonic()
         self._best: tuple[Point, ...] = ()
         self._stage = ""
+        self._spreads = request.workers > 1 or request.ray_address is not None
         self._store = Store(request.out, identity(request), request.questions, request.resume)
         self._done = self._store.count(self._settings, self._ids)
 
@@ -90,16 +91,19 @@ class SweepSession:
                     found.append(row)
         return found
 
+    def prepare(self) -> None:
+        """Note the circumstances, and load the model if this process is to run it."""
+        self._environment["busy_share_before"], warning = how_busy()
+        if warning is not None and self._request.measure_speed != NONE:
+            self._warnings.append(warning)
+        if not self._spreads:
+            self._load()
+
     def run(self) -> None:
         """Measure what the folder lacks: quality prompt by prompt, then speed."""
-        request = self._request
-        self._environment["busy_share_before"], warning = how_busy()
-        if warning is not None and request.measure_speed != "none":
-            self._warnings.append(warning)
-        if request.workers > 1 or request.ray_address is not None:
+        if self._spreads:
             self._spread()
         else:
-            self._load()
             self._measure_here()
         self._time()
 
