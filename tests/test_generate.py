@@ -9,7 +9,20 @@ from toy_model import toy_tokenizer
 
 from plphp_cli.attention import prune
 from plphp_cli.errors import UnsupportedError, UsageError
-from plphp_cli.generate import Done, PrefillDone, Settings, Token, _Text, advance, decode, prefill, stream
+from plphp_cli.generate import (
+    Done,
+    PrefillDone,
+    Settings,
+    Token,
+    _Text,
+    advance,
+    decode,
+    decode_after,
+    own_place,
+    prefill,
+    stream,
+)
+from plphp_cli.quality import along
 
 
 @pytest.fixture
@@ -53,6 +66,31 @@ def test_events_come_in_order_and_tell_what_they_promise(llava):
     assert last.token_ids == tuple(token.token_id for token in tokens)
     assert last.stop_reason == "length"
     assert 0 < first.prefill_s < tokens[0].elapsed_s < tokens[-1].elapsed_s
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+def test_an_answer_goes_on_from_where_a_chunk_leaves_another(family, taken_back):
+    """As if it were decoded anew, whether the cache gives tokens back or they are fed to another."""
+    left = 0
+    for prompt in map(as_prompt, family.prompts):
+        ids = tokens_of(family.loaded, prompt, None, max_new_tokens=laws.NEW_TOKENS)
+        for policy in laws.settings_of(family).values():
+            expected = tokens_of(family.loaded, prompt, policy, max_new_tokens=laws.NEW_TOKENS)
+            with prune(family.model, policy) as pruner:
+                run = prefill(family.loaded, prompt, pruner, len(ids))
+                logits = along(family.loaded, run, ids)
+                place = own_place(family.loaded, run, ids, logits)
+                if place is None:
+                    assert expected == ids
+                    continue
+                left += 1
+                assert expected[:place] == ids[:place]
+                if not taken_back or not run.take_back(len(ids) - 1 - place):
+                    run = prefill(family.loaded, prompt, pruner, len(ids))
+                    advance(family.loaded, run, torch.tensor([ids[:place]]))
+                done = decode_after(family.loaded, run, ids[:place], logits[place], laws.NEW_TOKENS)
+            assert done.token_ids == expected
+    assert left > 0
 
 
 def test_it_stops_at_the_end_of_sequence_unless_told_not_to(llava):
