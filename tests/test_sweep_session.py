@@ -134,6 +134,18 @@ def test_a_larger_grid_and_more_prompts_measure_only_what_is_new(request_of, que
     assert sweep_csv(record) == sweep_csv(fresh)
 
 
+def test_rows_stand_where_this_invocation_has_their_prompt_and_config(request_of, questions):
+    swept(request_of())
+    calibrated = expand(BASE.replace(calibrated=True, calibrated_on="these"), {"r": [0.5]})
+    turned = request_of(grid=calibrated, questions=questions[::-1], resume=True)
+    with SweepSession(turned) as session:
+        assert [row.prompt_index for row in session.rows()] == [0, 0, 1, 1, 2, 2]
+        assert {row.config for row in session.rows()} == {None, *calibrated.configs}
+        record = session.record()
+    assert record.rows_done == record.rows_expected == 6
+    assert [point.setting for point in record.points] == list(calibrated.settings)
+
+
 def test_another_length_of_answers_is_another_sweep(request_of):
     swept(request_of())
     with pytest.raises(UsageError, match="max new tokens was 18 and is 19"):
