@@ -28,15 +28,6 @@ ImageOption = Annotated[
         "--image", metavar="FILE...", help="Image files: several values, or repeated.", rich_help_panel=_INPUT
     ),
 ]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="JSON Lines of prompts: images, prompt, answer.",
-        rich_help_panel=_INPUT,
-    ),
-]
 PromptOption = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What to ask; - reads stdin.", rich_help_panel=_INPUT),

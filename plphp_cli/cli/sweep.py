@@ -5,6 +5,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from json import dumps
 from pathlib import Path
 
 import typer
@@ -14,19 +15,27 @@ from plphp_cli.cli import options as opt
 from plphp_cli.cli import sweep_options as own
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
-from plphp_cli.cli.output import print_lines, say, stderr_console, time_left, write_stdout
+from plphp_cli.cli.output import (
+    print_error,
+    print_lines,
+    say,
+    stderr_console,
+    time_left,
+    write_files,
+    write_stdout,
+)
 from plphp_cli.cli.questions import read_questions
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.profiling.state import Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
-from plphp_cli.serialize import to_json, write_text
+from plphp_cli.serialize import to_json
 from plphp_cli.sweep.grid import MIN_SEEDS, Grid, expand
 from plphp_cli.sweep.progress import SweepProgress
 from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
 from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
-from plphp_cli.sweep.store import check_folder
+from plphp_cli.sweep.store import RESULTS, check_folder
 
 RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
 
@@ -146,16 +155,14 @@ def execute(request: SweepRequest, json: str | None, force: bool, live: bool) ->
                     failure = None if interrupted else explained(error)
                     if failure is not None and not session.started:
                         raise failure from error
+                interrupts.hold()
                 record = _with_next(session.record(interrupted or failure is not None), request)
-        try:
-            _write(record, request.out, json, force)
-        except PLPHPError as error:
-            # A full disk has one line, whichever file met it first.
-            failure = failure or error
-        _print(record, request, json)
+        unwritten = _write(record, request.out, json, force)
+        _print(record, json == "-")
+    failure = failure or (None if interrupted else unwritten)
     if failure is not None:
         raise failure
-    return interrupts.exit_code if interrupted else 0
+    return interrupts.exit_code if interrupts.received is not None else 0
 
 
 def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:
@@ -170,22 +177,31 @@ def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:
     )
 
 
-def _write(record: SweepRecord, folder: Path, json: str | None, force: bool) -> None:
+def _write(record: SweepRecord, folder: Path, json: str | None, force: bool) -> PLPHPError | None:
+    """The files first: an impatient Ctrl-C costs the report on the terminal only."""
     from plphp_cli.reports.sweep_csv import sweep_csv
     from plphp_cli.reports.sweep_html import sweep_html
 
-    text = to_json(record) + "\n"
-    write_text(folder / REPORT, text, force=True)
-    if json is not None and json != "-":
-        write_text(json, text, force)
-    write_text(folder / SUMMARY, sweep_csv(record), force=True)
-    write_text(folder / PAGE, sweep_html(record), force=True)
+    say(f"results: {folder / RESULTS}")
     chosen = _recommended(record)
+    # What is in the folder is the sweep's own, and every invocation makes it anew.
+    own: dict[str, tuple[str, Callable[[], str]]] = {
+        "report": (str(folder / REPORT), lambda: to_json(record) + "\n"),
+        "csv": (str(folder / SUMMARY), lambda: sweep_csv(record)),
+        "html": (str(folder / PAGE), lambda: sweep_html(record)),
+    }
     if chosen is not None:
-        chosen.to_file(folder / RECOMMENDED, force=True)
+        own["config"] = str(folder / RECOMMENDED), lambda: dumps(chosen.to_dict(), indent=2) + "\n"
     else:
         # That of an earlier invocation does not keep to what is asked now.
         (folder / RECOMMENDED).unlink(missing_ok=True)
+    failure = write_files(own, force=True)
+    if json is not None and json != "-":
+        asked = write_files({"json": (json, lambda: to_json(record) + "\n")}, force)
+        failure = failure or asked
+    if failure is not None and record.interrupted:
+        print_error(failure.message, failure.hint)
+    return failure
 
 
 def _recommended(record: SweepRecord) -> PLPHPConfig | None:
@@ -193,12 +209,12 @@ def _recommended(record: SweepRecord) -> PLPHPConfig | None:
     return None if found is None or found.point is None else record.points[found.point].setting.config
 
 
-def _print(record: SweepRecord, request: SweepRequest, json: str | None) -> None:
+def _print(record: SweepRecord, json_on_stdout: bool) -> None:
     """The report is the answer and goes to stdout, unless the JSON does."""
     from plphp_cli.reports.sweep_terminal import sweep_report
 
     console = stderr_console()
-    if json == "-":
+    if json_on_stdout:
         write_stdout(to_json(record))
     elif sys.stdout is not None:
         console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
@@ -207,7 +223,6 @@ def _print(record: SweepRecord, request: SweepRequest, json: str | None) -> None
         print_lines(sweep_report(record, console.width, colour), console)
     if record.interrupted:
         say("interrupted: continue with the same command and --resume")
-    say(f"results: {request.out}")
 
 
 def _folder(out: str) -> Path:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plphp_cli.attention import prune
-from plphp_cli.builtin.evaluate import held_out_items, pictures
+from plphp_cli.builtin.evaluate import draw_items, pictures
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.dataset import read_examples
 from plphp_cli.generate import advance, prefill
@@ -51,7 +51,7 @@ def grid_of(count: int, base: PLPHPConfig) -> Grid:
 def sample_questions(count: int, images: Sequence[int]) -> tuple[Question, ...]:
     """Held-out questions of the built-in model's own world, none twice."""
     found = []
-    for item in held_out_items(count, images, seed=1):
+    for item in draw_items(count, images, seed=1):
         shown = tuple(
             dataclasses.replace(picture, sha256=hashlib.sha256(picture.image.tobytes()).hexdigest())
             for picture in pictures(item.group)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO
 
 from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.files import write_text
 from plphp_cli.profiling.state import Question
-from plphp_cli.serialize import SCHEMA_VERSION, RecordError, parse, to_json, write_text
+from plphp_cli.serialize import SCHEMA_VERSION, RecordError, parse, to_json
 from plphp_cli.sweep.identity import Identity
 from plphp_cli.sweep.records import Row, Setting
 from plphp_cli.sweep.request import prompt_id, setting_id
