@@ -199,7 +199,7 @@ def test_speed_is_paired_with_the_baseline_in_turns(request_of, monkeypatch):
 
 
 def test_by_default_the_front_is_timed_for_real(request_of, questions):
-    record = swept(request_of(measure_speed=FRONT, questions=questions[:1], repeats=3))
+    record = swept(request_of(measure_speed=FRONT, questions=questions[:1], repeats=9))
     for point in record.points:
         wanted = point.on_front or point.on_accuracy_front or point.setting.method == BASELINE
         assert (point.decode_tokens_per_s is not None) == wanted

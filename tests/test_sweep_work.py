@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, as_prompt, load, randomised
+from families import FAMILIES, as_prompt, load
 from laws import CUT, NEW_TOKENS
 from PIL import Image
 from toy_model import save_toy_llava
+from toys import randomised
 from transformers import LlavaForConditionalGeneration
 
 from plphp_cli import models
