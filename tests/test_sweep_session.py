@@ -11,10 +11,12 @@ from toy_model import save_toy_llava
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, UsageError
 from plphp_cli.images import load_image
+from plphp_cli.models import load
 from plphp_cli.profiling.state import Question
 from plphp_cli.profiling.timing import DecodeSample
 from plphp_cli.reports.sweep_csv import sweep_csv
 from plphp_cli.sweep import speed as speed_module
+from plphp_cli.sweep.benchmark import compare, grid_of
 from plphp_cli.sweep.grid import expand
 from plphp_cli.sweep.records import BASELINE, PLPHP, RANDOM, Constraint
 from plphp_cli.sweep.request import ALL, FRONT, NONE, SweepRequest
@@ -218,3 +220,12 @@ def test_seeds_of_chance_are_one_point(request_of):
     grid = expand(BASE, {"r": [0.3]}, ["random"], seeds=5)
     record = swept(request_of(grid=grid))
     assert [(p.setting.method, p.seeds) for p in record.points] == [(BASELINE, None), (RANDOM, 5)]
+
+
+def test_the_benchmark_compares_ways_to_the_same_figures(request_of, questions):
+    bare = tuple(dataclasses.replace(question, answer=None) for question in questions[:2])
+    request = request_of(questions=bare, grid=grid_of(6, BASE))
+    found = compare(load(request.model, device="cpu"), request, 3)
+    assert (found["settings"], found["prompts"], found["naive_pairs_timed"]) == (6, 2, 6)
+    assert found["largest_kl_difference"] <= 1e-4
+    assert found["naive_s"] > 0 < found["sweep_s"]
