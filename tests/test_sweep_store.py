@@ -195,7 +195,9 @@ def test_a_folder_is_used_only_if_it_is_empty_or_resumed(folder, tmp_path):
     assert "--resume" in caught.value.hint
     check_folder(folder, resume=True)
     check_folder(tmp_path / "new" / "inner", resume=True)
-    assert (tmp_path / "new" / "inner").is_dir()
+    assert not (tmp_path / "new").exists(), "a folder was made before there was anything to put into it"
+    opened(tmp_path / "new" / "inner").close()
+    assert (tmp_path / "new" / "inner" / RUN).is_file()
     (tmp_path / "new" / "notes.txt").write_text("mine")
     for name, message in (("new", "holds no sweep"), ("new/notes.txt", "is a file")):
         with pytest.raises(UsageError, match=message):

@@ -31,7 +31,7 @@ from plphp_cli.profiling.state import Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
-from plphp_cli.sweep.grid import MIN_SEEDS, Grid, expand
+from plphp_cli.sweep.grid import KNOBS, MIN_SEEDS, Grid, expand
 from plphp_cli.sweep.progress import SweepProgress
 from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
 from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
@@ -86,15 +86,8 @@ def sweep(
     constraint = own.constraint_of(max_kl, min_agreement, max_accuracy_drop)
     own.check_measuring(measure_speed, repeats, workers, ray_address)
     base, origin = opt.choose_config(model, config, opt.overrides(skip_layers=skip_layers))
-    values = {
-        "r": r,
-        "delta_r": delta_r,
-        "alpha": alpha,
-        "beta": beta,
-        "scope": scope,
-        "head_reduce": head_reduce,
-    }
-    grid = expand(base, {name: given or () for name, given in values.items()}, method or (PLPHP,), seeds)
+    values = zip(KNOBS, (r, delta_r, alpha, beta, scope, head_reduce), strict=True)
+    grid = expand(base, {name: given or () for name, given in values}, method or (PLPHP,), seeds)
     folder = _folder(out)
     check_folder(folder, resume)
     opt.check_model(model)
@@ -117,7 +110,7 @@ def sweep(
         workers=workers,
         ray_address=ray_address,
         resume=resume,
-        inputs=_inputs(questions, data, system, max_pixels, model, dtype, device, attn),
+        inputs=_prompt_words(questions, data, system),
         command=tuple(context.obj or sys.argv),
     )
     return execute(request, json, force, live=not no_live)
@@ -171,7 +164,9 @@ def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:
     if found is None or found.point is None:
         return record
     file = str(request.out / RECOMMENDED)
-    command = shlex.join(["plphp", "profile", "--config", file, *request.inputs, "--compare-baseline"])
+    command = shlex.join(
+        ["plphp", "profile", "--config", file, *request.inputs, *_model_words(request), "--compare-baseline"]
+    )
     return dataclasses.replace(
         record, recommendation=dataclasses.replace(found, config_file=file, next_command=command)
     )
@@ -254,30 +249,24 @@ def _check_questions(questions: tuple[Question, ...], constraint: Constraint) ->
         )
 
 
-def _inputs(
-    questions: tuple[Question, ...],
-    data: str | None,
-    system: str | None,
-    max_pixels: int | None,
-    model: str,
-    dtype: str,
-    device: str,
-    attn: str,
-) -> tuple[str, ...]:
-    """The words that give another command the same prompts and model."""
+def _prompt_words(questions: tuple[Question, ...], data: str | None, system: str | None) -> tuple[str, ...]:
+    """The words that give another command the same prompts."""
+    said = () if system is None else ("--system", system)
     if data is not None:
-        words = ["--data", data]
-    else:
-        words = ["--image", *(image.path for image in questions[0].images), "--prompt", questions[0].prompt]
-    said = {
-        "--system": system,
-        "--max-pixels": None if max_pixels is None else str(max_pixels),
-        "--model": None if model == "builtin" else model,
-        "--dtype": None if dtype == "auto" else dtype,
-        "--device": None if device == "auto" else device,
-        "--attn": None if attn == "sdpa" else attn,
+        return "--data", data, *said
+    return "--image", *(image.path for image in questions[0].images), "--prompt", questions[0].prompt, *said
+
+
+def _model_words(request: SweepRequest) -> list[str]:
+    """The words that give another command the same model, run in the same way."""
+    typed = {
+        "--model": (request.model, "builtin"),
+        "--dtype": (request.dtype, "auto"),
+        "--device": (request.device, "auto"),
+        "--attn": (request.attn, "sdpa"),
+        "--max-pixels": (request.max_pixels, None),
     }
-    return (*words, *(word for name, value in said.items() if value is not None for word in (name, value)))
+    return [word for name, (value, usual) in typed.items() if value != usual for word in (name, str(value))]
 
 
 def _say_size(request: SweepRequest) -> None:

@@ -62,11 +62,12 @@ def check_folder(folder: Path, resume: bool) -> None:
             )
         if inside and RUN not in inside and _has_rows_or_others(folder, inside):
             raise UsageError(f"--out {folder} holds no sweep to resume", hint="name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}", hint="name another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder}: no permission to write in it", hint="name another folder")
+    # What is missing is made when there is something to put into it.
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {folder}: no permission to write in {there}", hint="name another folder")
 
 
 class Store:
@@ -159,6 +160,7 @@ class Store:
     def _open(self) -> IO[bytes]:
         path = self._folder / RESULTS
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a row that was written is the operating system's, whatever becomes of this process.
             file = path.open("r+b" if path.exists() else "x+b", buffering=0)
         except OSError as error:
