@@ -72,6 +72,8 @@ def test_the_report_goes_to_stdout_and_the_folder_holds_all_files(command, tmp_p
     words = shlex.split(record.recommendation.next_command)
     assert words[:2] == ["plphp", "profile"]
     assert {"--config", "--data", "--model", "--device", "--compare-baseline"} <= set(words)
+    length = command[command.index("--max-new-tokens") + 1]
+    assert words[words.index("--max-new-tokens") + 1] == length
 
 
 def test_the_same_command_again_is_refused_and_continues_with_resume(command, tmp_path, capsys):

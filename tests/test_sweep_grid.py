@@ -1,3 +1,4 @@
+import json
 from itertools import product
 
 import pytest
@@ -6,6 +7,7 @@ from plphp_cli.cli.options import repeat_options
 from plphp_cli.cli.sweep_options import SweepCommand
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UsageError
+from plphp_cli.serialize import to_json
 from plphp_cli.sweep.grid import expand
 from plphp_cli.sweep.records import BASELINE, METHODS, RANDOM, Setting
 from plphp_cli.sweep.request import setting_id
@@ -39,6 +41,7 @@ def test_combinations_that_are_no_setting_are_listed_with_their_reason():
     assert reasons[0.5, 0.3, "-0.1"] == "beta = -0.1; expected a number in [0, 1]"
     assert reasons["nan", 0.3, 0.2] == "r = nan; expected a number in [0, 1]"
     assert "1.5" in reasons[0.5, "1.5", 0.2]
+    assert json.loads(to_json(grid.values)) == {"method": ["plphp"], **grid.values}
 
 
 def test_a_grid_without_a_valid_point_is_an_error():

@@ -197,6 +197,9 @@ def test_a_folder_is_used_only_if_it_is_empty_or_resumed(folder, tmp_path):
     check_folder(tmp_path / "new" / "inner", resume=True)
     assert not (tmp_path / "new").exists(), "a folder was made before there was anything to put into it"
     opened(tmp_path / "new" / "inner").close()
+    # Stopped before its first row: there is nothing to lose, and the next try may be another sweep.
+    check_folder(tmp_path / "new" / "inner", resume=False)
+    opened(tmp_path / "new" / "inner", resume=False).close()
     assert (tmp_path / "new" / "inner" / RUN).is_file()
     (tmp_path / "new" / "notes.txt").write_text("mine")
     for name, message in (("new", "holds no sweep"), ("new/notes.txt", "is a file")):

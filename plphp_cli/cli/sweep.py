@@ -265,6 +265,7 @@ def _model_words(request: SweepRequest) -> list[str]:
         "--device": (request.device, "auto"),
         "--attn": (request.attn, "sdpa"),
         "--max-pixels": (request.max_pixels, None),
+        "--max-new-tokens": (request.max_new_tokens, 128),
     }
     return [word for name, (value, usual) in typed.items() if value != usual for word in (name, str(value))]
 

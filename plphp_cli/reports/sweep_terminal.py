@@ -66,9 +66,11 @@ def _recommendation(record: SweepRecord, width: int) -> list[Text]:
     lines += wrapped(Text(visible(found.reason)), width)
     if text := merit(record):
         lines += wrapped(Text(text), width)
-    for name, what in (("config", found.config_file), ("next", found.next_command)):
-        if what is not None:
-            lines += wrapped(Text(f"{name}: {visible(what)}"), width)
+    if found.config_file is not None:
+        lines += wrapped(Text(f"config: {visible(found.config_file)}"), width)
+    if found.next_command is not None:
+        # On one line, however long: a command with line breaks in it cannot be pasted.
+        lines += [Text("next:"), Text(visible(found.next_command))]
     return lines
 
 

@@ -80,7 +80,8 @@ def expand(
         for method in methods:
             draws = range(seeds) if method == RANDOM else (None,)
             settings += [Setting(method, config, seed) for seed in draws]
-    shown: dict[str, Any] = {**{name: list(kept) for name, kept in given.items()}, "method": list(methods)}
+    shown: dict[str, Any] = {name: [_typed(value) for value in kept] for name, kept in given.items()}
+    shown["method"] = list(methods)
     if RANDOM in methods:
         shown["seeds"] = seeds
     return Grid(tuple(settings), tuple(skipped), shown, tuple(warnings))
@@ -98,12 +99,14 @@ def _configs(
         try:
             configs.append(base.replace(**knobs, **by_hand))
         except ConfigError as error:
-            # A record holds no NaN: what was typed is shown as text.
-            shown = {
-                name: v if not isinstance(v, float) or 0 <= v <= 1 else str(v) for name, v in knobs.items()
-            }
+            shown = {name: _typed(value) for name, value in knobs.items()}
             skipped.append(Skipped(shown, error.message))
     return configs, skipped
+
+
+def _typed(value: Any) -> Any:
+    """A value of a knob for the record, which holds no NaN: what is no share is shown as text."""
+    return value if not isinstance(value, float) or 0 <= value <= 1 else str(value)
 
 
 def _methods(methods: Sequence[str], warnings: list[str]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def check_folder(folder: Path, resume: bool) -> None:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--out {folder} is a file", hint="name a folder")
         inside = sorted(item.name for item in folder.iterdir()) if folder.exists() else []
-        if inside and not resume:
+        if inside and not resume and _has_rows_or_others(folder, inside):
             raise UsageError(
                 f"--out {folder} is not empty",
                 hint="continue the sweep in it with --resume, or name another folder",
@@ -226,8 +226,8 @@ class Store:
 
 
 def _has_rows_or_others(folder: Path, inside: Iterable[str]) -> bool:
-    """Whether a folder without `run.json` holds more than a sweep that was stopped before it began."""
-    others = [name for name in inside if name != RESULTS and not name.startswith(f".{RUN}.")]
+    """Whether a folder holds more than a sweep that was stopped before it had its first row."""
+    others = [name for name in inside if name not in (RESULTS, RUN) and not name.startswith(f".{RUN}.")]
     return bool(others) or (RESULTS in inside and (folder / RESULTS).stat().st_size > 0)
 
 
