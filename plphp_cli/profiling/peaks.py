@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import Settings, decode, prefill
-from plphp_cli.profiling.timing import StockArm, Timer
+from plphp_cli.profiling.timing import generate_exactly
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
 
@@ -168,17 +169,32 @@ def _path(
 
 
 def _stock(
-    loaded: "LoadedModel", prompt: Prompt, meter: Meter, hooks: list[Any], steps: int
+    loaded: "LoadedModel", prompt: Prompt, meter: Meter, hooks: list[Any], new_tokens: int
 ) -> tuple[int, int | None]:
-    arm = StockArm(loaded, prompt, steps, Timer(loaded.device))
-    arm.prefill()
-    after_prefill = meter.peak
-    _remove(hooks)
-    if steps == 1:
-        return after_prefill, None
-    meter.reset()
-    arm.decode()
-    return after_prefill, meter.peak
+    """One plain `generate` of all tokens, in its own cache: a copy kept for repeats would count, too."""
+    turn = _Turn(meter, hooks)
+    generate_exactly(loaded.model, dict(prompt.inputs), new_tokens, turn)
+    assert turn.prefill_bytes is not None
+    return turn.prefill_bytes, meter.peak if new_tokens > 1 else None
+
+
+class _Turn(BaseStreamer):
+    """Takes the peak of prefill as the first token comes, and lets that of decoding begin."""
+
+    def __init__(self, meter: Meter, hooks: list[Any]) -> None:
+        self.prefill_bytes: int | None = None
+        self._meter, self._hooks = meter, hooks
+        self._prompt_came = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_came and self.prefill_bytes is None:
+            self.prefill_bytes = self._meter.peak
+            _remove(self._hooks)
+            self._meter.reset()
+        self._prompt_came = True
+
+    def end(self) -> None:
+        pass
 
 
 def _remove(hooks: list[Any]) -> None:

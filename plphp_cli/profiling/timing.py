@@ -132,7 +132,7 @@ class StockArm:
         self._cache = None
         watch = _Watch(self._timer)
         start = self._timer.now()
-        output = self._generate(watch, 1, self._inputs)
+        output = generate_exactly(self._model, self._inputs, 1, watch, watch.processor)
         self._cache = output.past_key_values
         self.held_bytes = _cache_bytes(self._cache)
         return PrefillSample(watch.logits[0] - start, watch.tokens[0] - start)
@@ -150,7 +150,7 @@ class StockArm:
         if cache is not None:
             inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
             inputs["past_key_values"] = cache
-        output = self._generate(watch, self._new_tokens, inputs)
+        output = generate_exactly(self._model, inputs, self._new_tokens, watch, watch.processor)
         count = len(watch.tokens)
         return _sample(watch.tokens, output.sequences[0, -count:].tolist())
 
@@ -158,17 +158,25 @@ class StockArm:
         """See `Arm`."""
         self._cache = None
 
-    @torch.no_grad()
-    def _generate(self, watch: "_Watch", count: int, inputs: dict[str, Any]) -> Any:
-        return self._model.generate(
-            **inputs,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            streamer=watch,
-            logits_processor=LogitsProcessorList([watch.processor]),
-            return_dict_in_generate=True,
-        )
+
+@torch.no_grad()
+def generate_exactly(
+    model: Any,
+    inputs: dict[str, Any],
+    count: int,
+    streamer: BaseStreamer,
+    processor: LogitsProcessor | None = None,
+) -> Any:
+    """Plain greedy `model.generate` of exactly `count` new tokens, end of sequence suppressed."""
+    return model.generate(
+        **inputs,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        streamer=streamer,
+        logits_processor=LogitsProcessorList([] if processor is None else [processor]),
+        return_dict_in_generate=True,
+    )
 
 
 class _Watch(BaseStreamer):
