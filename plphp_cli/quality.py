@@ -1,5 +1,6 @@
 """What a cut costs, without labels: what the model expects along an answer, with and without the cut."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -33,14 +34,19 @@ class Divergence:
     agree: list[bool]
 
     @property
+    def finite(self) -> bool:
+        """Whether every divergence is a number: logits that overflow, or are masked away, have none."""
+        return all(map(math.isfinite, self.kl))
+
+    @property
     def kl_mean(self) -> float | None:
-        """Mean over positions 2 .. T; None when T = 1."""
-        return fmean(self.kl) if self.kl else None
+        """Mean over positions 2 .. T; None when T = 1, or where logits that are not finite leave none."""
+        return fmean(self.kl) if self.kl and self.finite else None
 
     @property
     def kl_max(self) -> float | None:
-        """The largest of positions 2 .. T; None when T = 1."""
-        return max(self.kl, default=None)
+        """The largest of positions 2 .. T; None where `kl_mean` is."""
+        return max(self.kl, default=None) if self.finite else None
 
     @property
     def top1_agreement(self) -> float | None:
@@ -96,14 +102,17 @@ def kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """
     reference = reference_logits.float().log_softmax(dim=-1)
     other = logits.float().log_softmax(dim=-1)
+    shares = reference.exp()
+    # What the reference rules out adds nothing, though its logarithm is infinite.
+    terms = torch.where(shares > 0, shares * (reference - other), 0.0)
     # Rounding can make the sum a hair negative; equal rows give exactly zero.
-    return (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0)
+    return terms.sum(dim=-1).clamp_min(0)
 
 
 def divergence(reference_logits: Tensor, logits: Tensor) -> Divergence:
     """What two arms' logits [T, vocab] along one answer differ by."""
     nats = kl(reference_logits, logits)
-    same_first = torch.equal(reference_logits[0], logits[0])
+    same_first = torch.allclose(reference_logits[0], logits[0], rtol=0, atol=0, equal_nan=True)
     # Logits that differ must not pass because their divergence rounds to zero.
     first_kl = 0.0 if same_first else max(float(nats[0]), 1e-12)
     agree = reference_logits.argmax(dim=-1) == logits.argmax(dim=-1)

@@ -41,3 +41,37 @@ def _load(request):
     from families import load
 
     return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A small LLaVA with random weights, as a folder."""
+    from toy_model import save_toy_llava
+
+    return str(save_toy_llava(tmp_path_factory.mktemp("toy")))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two images to look at."""
+    from PIL import Image
+
+    from plphp_cli.images import load_image
+
+    folder = tmp_path_factory.mktemp("images")
+    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    Image.radial_gradient("L").save(folder / "ring.png")
+    return tuple(load_image(str(folder / name)) for name in ("red.png", "ring.png"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Profiles without fresh processes and bandwidth, which have tests of their own."""
+    from plphp_cli.profiling import session as session_module
+    from plphp_cli.profiling.fresh import FreshPeaks
+    from plphp_cli.profiling.machine import Machine
+
+    monkeypatch.setattr(
+        session_module, "measure_machine", lambda device, dtype: Machine(1e9, 1e9, None, 1 << 30)
+    )
+    monkeypatch.setattr(session_module, "measure_fresh", lambda job: [FreshPeaks(1, 2, 3)] * len(job.prompts))

@@ -23,7 +23,6 @@ def load_of(**changes):
         "vision_tokens": 900.0,
         "images": 3.0,
         "new_tokens": 100,
-        "transient_bytes": 0,
     }
     return Load(**{**values, **changes})
 
@@ -100,6 +99,31 @@ def test_capacity_counts_what_fits_beside_the_weights():
     assert small[PRUNED].prompts == 0
 
 
+def test_capacity_leaves_room_for_a_prefill_which_grows_with_the_prompt():
+    limits = Limits(memory_bytes=20_000_000)
+    held = {"kv_bytes_allocated": {PRUNED: 500_000, UNPRUNED: 1_100_000, STOCK: 1_000_000}}
+    load = load_of(**held, transient_bytes={PRUNED: 1_000_000, UNPRUNED: 2_000_000})
+    found = bound(load, limits, measured()).capacity
+    assert found[PRUNED].prompts == 9_000_000 // 500_000
+    assert found[UNPRUNED].prompts == 8_000_000 // 1_100_000
+    # Stock has no room to spare, but its cache grows by 100 tokens all the same.
+    assert found[STOCK].prompts == 10_000_000 // 1_100_000
+    # 2 kB of prefill a token: beside 300 kB of cache, 600 kB for the 300 tokens of an image.
+    assert found[UNPRUNED].images == int((10_000_000 - 200_000 - 200_000) / 900_000)
+    assert found[UNPRUNED].images_limit == "memory"
+    short = bound(dataclasses.replace(load, context_tokens=1500), limits, measured()).capacity[UNPRUNED]
+    assert (short.images, short.images_limit) == ((1500 - 100 - 100) // 300, "context window")
+
+
+def test_stock_moves_its_cache_thrice_and_computes_with_it_once():
+    load = load_of(kv_bytes_held={PRUNED: 400_000, UNPRUNED: 1_000_000, STOCK: 1_000_000})
+    found = bound(load, Limits(1e9, 1e8), measured())
+    assert found.operations_per_step[STOCK] == found.operations_per_step[UNPRUNED] == 4e6 + 1_050_000
+    assert found.ideal_step_s[STOCK] == found.ideal_step_s[UNPRUNED] == pytest.approx(0.04 + 0.0105)
+    reading = bound(load, Limits(1e9), measured()).ideal_step_s
+    assert reading[STOCK] - reading[UNPRUNED] == pytest.approx(2 * 0.00105)
+
+
 def test_the_table_finds_the_context_from_which_a_gain_is_passed():
     rows = {row.batch: row for row in bound(load_of(), Limits(), measured()).table}
     for gain, tokens in rows[1].reached_at_tokens.items():
@@ -115,7 +139,14 @@ def test_the_table_finds_the_context_from_which_a_gain_is_passed():
 
 def test_expectation_says_what_an_ideal_loop_and_a_real_step_allow():
     many = load_of(kv_bytes_held={PRUNED: 10_000_000, UNPRUNED: 40_000_000}, kv_bytes_full=4e7)
-    assert "A speed-up is to be expected" in bound(many, Limits(1e9), measured()).speed_up_expected
+    assert "at most is to be expected" in bound(many, Limits(1e9), measured()).speed_up_expected
+    assert "A speed-up is to be expected" in bound(many, Limits(1e9), measured(0.03, 0.06)).speed_up_expected
+    one = dataclasses.replace(many, new_tokens=1)
+    assert "nothing is decoded" in bound(one, Limits(1e9), measured()).speed_up_expected
+    # The pruned arm alone tells the same: 30 ms less of reading beside 9.97 s.
+    alone = bound(many, Limits(1e9), measured(pruned=9.97))
+    assert alone.speed_up_expected.startswith("Hardly any")
+    assert alone.expected_decode_ratio == pytest.approx(10 / 9.97)
     slow = bound(many, Limits(1e9), measured(9.9, 10.0))
     assert slow.speed_up_expected.startswith("Hardly any")
     assert slow.expected_decode_ratio == pytest.approx(10 / (10 - 0.03))

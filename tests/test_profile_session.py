@@ -1,77 +1,22 @@
 """The harness against known quantities: a model whose costs are known on a clock of its own."""
 
-import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from families import as_prompt, load
-from PIL import Image
-from toy_model import save_toy_llava
+from profiles import ALL, TOKENS, profiled, request
 
+from plphp_cli import models
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import PLPHPError
-from plphp_cli.images import load_image
-from plphp_cli.profiling import session as session_module
-from plphp_cli.profiling.fresh import FreshJob, FreshPeaks, FreshPrompt, measure_fresh
-from plphp_cli.profiling.layers import check_bytes, head_overlap, image_shares
-from plphp_cli.profiling.machine import Machine, buffer_bytes, read_bandwidth
-from plphp_cli.profiling.peaks import LiveBytes, measure_peaks
+from plphp_cli.profiling.layers import check_bytes
 from plphp_cli.profiling.records import FASTER, NO_DIFFERENCE, PRUNED, SLOWER, STOCK, UNPRUNED, from_json
 from plphp_cli.profiling.session import ProfileSession
-from plphp_cli.profiling.state import ProfileRequest, Question
+from plphp_cli.profiling.state import Question
 from plphp_cli.profiling.statistics import MIN_PAIRS
+from plphp_cli.quality import kl, teacher_forced
 from plphp_cli.serialize import to_json
-
-ALL = (PRUNED, UNPRUNED, STOCK)
-CPU = torch.device("cpu")
-TOKENS = 20
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return str(save_toy_llava(tmp_path_factory.mktemp("toy")))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
-    Image.radial_gradient("L").save(folder / "ring.png")
-    return tuple(load_image(str(folder / name)) for name in ("red.png", "ring.png"))
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Without fresh processes and bandwidth, which have tests of their own."""
-    monkeypatch.setattr(
-        session_module, "measure_machine", lambda device, dtype: Machine(1e9, 1e9, None, 1 << 30)
-    )
-    monkeypatch.setattr(session_module, "measure_fresh", lambda job: [FreshPeaks(1, 2, 3)] * len(job.prompts))
-
-
-def request(toy, images, **changes):
-    base = ProfileRequest(
-        questions=(Question(images, "what changed?", answer="the circle is red."),),
-        config=PLPHPConfig(),
-        arms=ALL,
-        model=toy,
-        device="cpu",
-        repeats=MIN_PAIRS,
-        max_new_tokens=TOKENS,
-        command=("plphp", "profile"),
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def profiled(asked, clock=None, before=None):
-    session = ProfileSession(asked, clock=clock)
-    session.load()
-    if before is not None:
-        before(session)
-    session.run()
-    return session.record()
 
 
 class Costs:
@@ -224,56 +169,6 @@ def test_a_prompt_without_images_prunes_nothing(toy, quick):
     assert from_json(to_json(record)) == record
 
 
-@pytest.mark.parametrize("arm", [PRUNED, UNPRUNED])
-def test_an_arm_without_memory_leaves_the_other(toy, images, quick, monkeypatch, arm):
-    class Full(session_module.PathArm):
-        def decode(self):
-            if (self._policy is None) == (arm == UNPRUNED):
-                raise torch.OutOfMemoryError("out of memory")
-            return super().decode()
-
-    monkeypatch.setattr(session_module, "PathArm", Full)
-    record = profiled(request(toy, images, arms=(PRUNED, UNPRUNED), repeats=2))
-    other = UNPRUNED if arm == PRUNED else PRUNED
-    assert record.arms[arm].failed == "out of memory"
-    assert record.arms[arm].decode_s is None
-    assert record.arms[other].failed is None
-    assert record.arms[other].decode_tokens_per_s is not None
-    assert record.ratios["decode"] is None
-    assert any("out of memory" in warning for warning in record.warnings)
-
-
-def test_an_interrupted_profile_holds_what_was_measured(toy, images, quick):
-    session = ProfileSession(request(toy, images))
-    session.load()
-    pieces = []
-
-    def check():
-        pieces.append(1)
-        if session.started and len(session.states[0].prefills) == 4 and session.states[0].decodes:
-            raise KeyboardInterrupt
-
-    session._check = check
-    with pytest.raises(KeyboardInterrupt):
-        session.run()
-    record = session.record(interrupted=True)
-    assert record.interrupted
-    assert record.ratios["ttft"].median > 0
-    assert record.quality.kl_mean is not None
-    assert from_json(to_json(record)) == record
-
-
-def test_a_first_token_that_differs_is_a_fault_of_the_tool(toy, images, quick):
-    session = ProfileSession(request(toy, images, repeats=1))
-    session.load()
-    session.run()
-    assert session.record().faults == ()
-    session.states[0].answers.first_tokens["pruned answer"] += 1
-    record = session.record()
-    assert "fault of the tool" in record.faults[0]
-    assert record.quality.first_token_agrees is False
-
-
 def test_several_prompts_give_totals_spread_and_the_worst(toy, images, quick):
     questions = tuple(
         Question(images[:count], text) for count, text in ((1, "what?"), (2, "where?"), (1, "why?"))
@@ -292,55 +187,61 @@ def test_several_prompts_give_totals_spread_and_the_worst(toy, images, quick):
     assert record.arms.pruned.samples.prefill_s == pytest.approx(prefills)
 
 
-def test_an_allocation_of_known_size_is_seen():
-    with LiveBytes(CPU) as live:
-        one = torch.empty(1 << 20, dtype=torch.uint8)
-        assert live.live == 1 << 20
-        view = one.view(2, -1)[0]
-        two = one + 1
-        assert live.live == 2 << 20
-        del one, two
-        assert live.live == 1 << 20  # the view holds its storage
-        del view
-        assert (live.live, live.peak) == (0, 2 << 20)
+def test_layers_over_prompts_are_means_over_those_that_have_the_figure(toy, images, quick):
+    counts = (0, 1, 2)
+    questions = tuple(Question(images[:count], "what is it?") for count in counts)
+    config = PLPHPConfig(alpha=0.4, beta=0.35)
+    record = profiled(request(toy, images, questions=questions, config=config, arms=(PRUNED,), repeats=1))
+    assert len(record.layers) == 3
+    for place, layer in enumerate(record.layers):
+        none, one, two = (prompt.layers[place] for prompt in record.prompts)
+        assert none.gamma is None
+        assert layer.gamma == pytest.approx((one.gamma + two.gamma) / 2)
+        assert layer.kv_bytes_held == pytest.approx(
+            (none.kv_bytes_held + one.kv_bytes_held + two.kv_bytes_held) / 3
+        )
+        assert sum(layer.groups.values()) == 2
+        assert layer.group == (one.group if one.group == two.group else None)
+        assert layer.image_shares[0] == pytest.approx((one.image_shares[0] + two.image_shares[0]) / 2)
+        assert layer.image_shares[1:] == two.image_shares[1:]
+        for head, (first, second) in zip(layer.heads, zip(one.heads, two.heads, strict=True), strict=True):
+            assert head.gamma == pytest.approx((first.gamma + second.gamma) / 2)
+            kept = (first.attention_kept + second.attention_kept) / 2
+            assert head.attention_kept == pytest.approx(kept)
 
 
-def test_peaks_hold_the_weights_and_the_cache():
-    family = load("llava")
-    loaded = SimpleNamespace(model=family.model, processor=None, device=CPU)
-    prompt = as_prompt(family.prompts[0])
-    weights = sum({t.data_ptr(): t.nbytes for t in family.model.parameters()}.values())
-    peaks = {arm: measure_peaks(loaded, prompt, arm, config, TOKENS) for arm, config in
-             ((PRUNED, PLPHPConfig(r=0.3)), (UNPRUNED, None), (STOCK, None))}  # fmt: skip
-    for found in peaks.values():
-        assert weights < found.decode_bytes < found.prefill_decoder_bytes <= found.prefill_bytes < 2 * weights
-    assert peaks[PRUNED].decode_bytes < peaks[UNPRUNED].decode_bytes
-    # Stock holds one cache, too: what it concatenates anew is a part of one layer at a time.
-    text = family.model.config.get_text_config()
+def test_the_bound_is_composed_of_the_models_own_sizes(toy, images, quick):
+    session = ProfileSession(request(toy, images, repeats=1))
+    session.load()
+    text = session._loaded.model.config.get_text_config()
+    session.run()
+    record = session.record()
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
-    cache = token * (prompt.prompt_tokens + TOKENS)
-    assert abs(peaks[STOCK].decode_bytes - peaks[UNPRUNED].decode_bytes) < cache / 2
+    found, tokens = record.bound, record.prompts[0].prompt_tokens
+    assert record.arms.unpruned.kv_bytes_held == tokens * token
+    assert found.kv_bytes_per_step[UNPRUNED] == tokens * token + token * TOKENS / 2
+    assert found.kv_bytes_per_step[STOCK] == 3 * found.kv_bytes_per_step[UNPRUNED]
+    cut = found.kv_bytes_per_step[UNPRUNED] - found.kv_bytes_per_step[PRUNED]
+    assert cut == record.arms.unpruned.kv_bytes_held - record.arms.pruned.kv_bytes_held > 0
+    # Attention multiplies and adds for scores and for values: 4 H d operations for a token of each layer.
+    attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    weights = 2 * found.weight_bytes / 4
+    assert found.operations_per_step[UNPRUNED] == weights + attention * (tokens + TOKENS / 2)
 
 
-def test_a_fresh_process_measures_each_prompt_and_says_why_it_cannot(toy, images):
-    prompts = (FreshPrompt(tuple(image.path for image in images), "what?"), FreshPrompt((), "what?"))
-    job = FreshJob(PRUNED, PLPHPConfig(), prompts, None, TOKENS, toy, "float32", "cpu", "sdpa")
-    first, second = measure_fresh(job)
-    assert first.failed is None
-    assert first.peak_bytes == max(first.prefill_bytes, first.decode_bytes) > second.peak_bytes
-    assert first.memory.rss_peak_bytes > first.peak_bytes
-    lost = measure_fresh(dataclasses.replace(job, model=toy + "/nowhere"))
-    assert [peaks.peak_bytes for peaks in lost] == [None, None]
-    assert "nowhere" in lost[0].failed
-
-
-def test_the_bandwidth_buffer_is_large_and_fits():
-    assert buffer_bytes(CPU, None) == 1 << 30
-    assert read_bandwidth(CPU, 1 << 24) > 1e6
-
-
-def test_overlap_and_shares_are_of_what_heads_keep():
-    kept = torch.tensor([[0, 1, 4], [1, 2, 5]])
-    assert head_overlap(kept) == pytest.approx(1 / 5)
-    assert head_overlap(kept[:1]) is None
-    assert image_shares(kept, torch.arange(6), ((0, 4), (4, 6))) == [[0.5, 0.5], [0.5, 0.5]]
+def test_quality_is_of_positions_from_the_second_on(toy, images, quick):
+    session = ProfileSession(request(toy, images, repeats=1))
+    session.load()
+    session.run()
+    record, answers = session.record(), session.states[0].answers
+    loaded = models.load(toy, device="cpu")
+    prompt = session.states[0].prompt
+    rows = {name: teacher_forced(loaded, prompt, config, answers.ids) for name, config in
+            ((PRUNED, PLPHPConfig()), (UNPRUNED, None))}  # fmt: skip
+    expected = kl(rows[UNPRUNED], rows[PRUNED])
+    assert record.quality.answer_tokens == len(answers.ids) > 1
+    assert record.quality.kl_mean == pytest.approx(expected[1:].mean().item())
+    for name, logits in rows.items():
+        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(answers.ids))
+        assert record.quality.perplexity[name] == pytest.approx(nats.exp().item(), rel=1e-4)
+    assert record.quality.perplexity[PRUNED] != record.quality.perplexity[UNPRUNED]

@@ -43,6 +43,16 @@ class Answers:
     right: dict[str, list[bool]] = field(default_factory=dict)
 
     @property
+    def divergence(self) -> Divergence:
+        """How far the arms are apart along the unpruned answer."""
+        return Divergence(self.first_kl or 0.0, self.kl, self.agree)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every divergence is a number."""
+        return self.divergence.finite
+
+    @property
     def first_token_agrees(self) -> bool | None:
         """Whether both arms expect exactly the same at position 1; None when that is not known."""
         if self.first_kl is None:
@@ -92,12 +102,11 @@ def judge(loaded: "LoadedModel", prompt: Prompt, config: PLPHPConfig, answers: A
 def quality(prompts: Sequence[Answers]) -> QualityRecord:
     """The record of one prompt, or of several: positions pooled, and the worst prompt's texts."""
     judged = [one for one in prompts if one.ids is not None and one.first_kl is not None]
-    pooled = [value for one in judged for value in one.kl]
+    pooled = [value for one in judged if one.finite for value in one.kl]
     agree = [value for one in judged for value in one.agree]
-    each = [Divergence(one.first_kl or 0.0, one.kl, one.agree) for one in judged]
-    means = [mean for one in each if (mean := one.kl_mean) is not None]
-    firsts = [place for one in each if (place := one.first_divergence) is not None]
-    shown = max(prompts, key=lambda one: fmean(one.kl) if one.kl else -1.0, default=Answers())
+    means = [mean for one in judged if (mean := one.divergence.kl_mean) is not None]
+    firsts = [place for one in judged if (place := one.divergence.first_divergence) is not None]
+    shown = max(prompts, key=_badness, default=Answers())
     return QualityRecord(
         answer_tokens=sum(len(one.ids or ()) for one in judged) if judged else None,
         kl_mean=fmean(pooled) if pooled else None,
@@ -117,6 +126,11 @@ def quality(prompts: Sequence[Answers]) -> QualityRecord:
 def is_exact(text: str, expected: str) -> bool:
     """Whether an answer is the expected one, but for white space around it."""
     return text.strip() == expected.strip()
+
+
+def _badness(answers: Answers) -> float:
+    mean = answers.divergence.kl_mean
+    return -1.0 if mean is None else mean
 
 
 _BOTH = (PRUNED, UNPRUNED)

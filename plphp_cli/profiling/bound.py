@@ -6,7 +6,7 @@ Without a measured bandwidth and rate the parts are weighed by their bytes alone
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from plphp_cli.profiling.records import (
     FASTER,
@@ -52,7 +52,8 @@ class Load:
         operations_per_kv_byte: of attention, 4 H d operations over the bytes of a token.
         prompt_tokens: N; `vision_tokens` and `images` of it.
         new_tokens: T.
-        transient_bytes: peak of prefill beyond the weights and the cache it leaves; None when not known.
+        transient_bytes: per arm, peak of prefill beyond the weights and the cache it leaves.
+        context_tokens: the longest prompt that the model takes; None when not known.
     """
 
     weight_bytes: int
@@ -67,7 +68,8 @@ class Load:
     vision_tokens: float
     images: float
     new_tokens: int
-    transient_bytes: int | None = None
+    transient_bytes: Mapping[str, int] = field(default_factory=dict)
+    context_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,11 @@ class Measured:
 def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
     """The whole bound of one profile."""
     cache = {arm: cache_bytes(load, arm) for arm in (PRUNED, UNPRUNED, STOCK)}
-    steps = {arm: step_time(load, limits, size) for arm, size in cache.items() if size is not None}
+    steps = {
+        arm: step_time(load, limits, size, attended=_attended(size, arm))
+        for arm, size in cache.items()
+        if size is not None
+    }
     sizes = {arm: load.weight_bytes + size for arm, size in cache.items() if size is not None}
     by_bytes, ideal = _over(sizes), _over(steps) if limits.bandwidth_bytes_per_s else _over(sizes)
     known_steps = steps if limits.bandwidth_bytes_per_s else {}
@@ -127,13 +133,19 @@ def cache_bytes(load: Load, arm: str) -> float | None:
     return 3 * once if arm == STOCK else once
 
 
-def step_time(load: Load, limits: Limits, cache: float, batch: int = 1) -> float:
-    """Least seconds of a step of `batch` sequences with `cache` bytes each; bytes if nothing was measured."""
+def step_time(
+    load: Load, limits: Limits, cache: float, batch: int = 1, attended: float | None = None
+) -> float:
+    """Least seconds of a step of `batch` sequences with `cache` bytes each; bytes if nothing was measured.
+
+    `attended` are the bytes that attention computes with, where more than those are moved.
+    """
     bandwidth, rate = limits.bandwidth_bytes_per_s or 1.0, limits.operations_per_s
     weights, attention = load.weight_bytes / bandwidth, batch * cache / bandwidth
     if rate and limits.bandwidth_bytes_per_s:
         weights = max(weights, batch * load.weight_operations / rate)
-        attention = max(attention, batch * cache * load.operations_per_kv_byte / rate)
+        computed = cache if attended is None else attended
+        attention = max(attention, batch * computed * load.operations_per_kv_byte / rate)
     return weights + attention
 
 
@@ -168,19 +180,31 @@ def batch_table(load: Load, limits: Limits) -> tuple[BatchRow, ...]:
 
 
 def capacity(load: Load, memory: int | None, arm: str) -> CapacityRecord:
-    """How many such prompts, or images with one prompt's text, fit beside the weights and one prefill."""
+    """How many such prompts, or images in one prompt, fit beside the weights and one prefill at a time.
+
+    A prompt is prefilled whole, so what its prefill needs for a while grows with its tokens.
+    """
     each = load.kv_bytes_allocated.get(arm)
     if memory is None or not each:
         return CapacityRecord(None, None)
     if arm == STOCK:
         each = round(each + load.new_tokens * load.token_bytes)
-    room = memory - load.model_bytes - (load.transient_bytes or 0)
-    prompts = max(0, int(room // each))
+    room, transient = memory - load.model_bytes, load.transient_bytes.get(arm, 0)
+    prompts = max(0, int((room - transient) // each))
     if not load.images:
         return CapacityRecord(prompts, None)
-    text = (load.prompt_tokens - load.vision_tokens + load.new_tokens) * load.token_bytes
-    image = (each - text) / load.images
-    return CapacityRecord(prompts, max(0, int((room - text) // image)) if image > 0 else None)
+    passing = transient / load.prompt_tokens
+    text = load.prompt_tokens - load.vision_tokens
+    text_bytes = (text + load.new_tokens) * load.token_bytes
+    tokens = load.vision_tokens / load.images
+    image_bytes = (each - text_bytes) / load.images + tokens * passing
+    if image_bytes <= 0:
+        return CapacityRecord(prompts, None)
+    images, limit = max(0, int((room - text_bytes - text * passing) // image_bytes)), "memory"
+    if load.context_tokens is not None and tokens:
+        longest = max(0, int((load.context_tokens - text - load.new_tokens) // tokens))
+        images, limit = (longest, "context window") if longest < images else (images, limit)
+    return CapacityRecord(prompts, images, limit)
 
 
 def repaid_after(measured: Measured) -> int | None:
@@ -202,19 +226,26 @@ def expectation(
     reads = (
         f"the cache is {share} of the {format_bytes(load.weight_bytes + whole)} that an unpruned step reads"
     )
+    if load.new_tokens < 2:
+        return "No speed-up is to be expected: with one new token nothing is decoded."
     if ideal is None:
-        return "Whether a speed-up is to be expected cannot be told: nothing was cut."
+        return "Whether a speed-up is to be expected cannot be told: what pruning leaves was not measured."
     if ideal < 1 + THRESHOLD:
         return f"No speed-up is to be expected: {reads}, so even an ideal loop would gain {ideal:.3f}x."
-    if expected is not None and expected < 1 + THRESHOLD:
+    if expected is None:
+        return (
+            f"A speed-up of {ideal:.2f}x at most is to be expected: {reads}. What a real step leaves of that "
+            "is not known: none was timed."
+        )
+    if expected < 1 + THRESHOLD:
         return (
             f"Hardly any speed-up is to be expected: {reads}, for an ideal gain of {ideal:.2f}x, but most of "
             f"a measured step goes to other things than reading, which leaves {expected:.3f}x."
         )
-    tail = (
-        "" if expected is None else f", {expected:.2f}x if all that it saves is saved from the measured step"
+    return (
+        f"A speed-up is to be expected: {reads}, for an ideal gain of {ideal:.2f}x, {expected:.2f}x if all "
+        "that it saves is saved from the measured step."
     )
-    return f"A speed-up is to be expected: {reads}, for an ideal gain of {ideal:.2f}x{tail}."
 
 
 def _over(values: Mapping[str, float]) -> float | None:
@@ -225,22 +256,31 @@ def _over(values: Mapping[str, float]) -> float | None:
 def _operations(load: Load, cache: float | None, arm: str) -> int | None:
     if cache is None:
         return None
-    read = cache / 3 if arm == STOCK else cache
-    return round(load.weight_operations + read * load.operations_per_kv_byte)
+    return round(load.weight_operations + _attended(cache, arm) * load.operations_per_kv_byte)
+
+
+def _attended(cache: float, arm: str) -> float:
+    """Of the bytes that a step moves those that attention computes with: stock moves its cache thrice."""
+    return cache / 3 if arm == STOCK else cache
 
 
 def _expected(steps: Mapping[str, float], tpot_s: Mapping[str, float | None]) -> float | None:
-    """The unpruned step as measured, over itself less what the ideal saves; None where that is undefined."""
-    whole = tpot_s.get(UNPRUNED)
-    if not whole or PRUNED not in steps or UNPRUNED not in steps:
+    """A measured step with over without what the ideal saves; None where no step was timed.
+
+    From the unpruned arm's step, or from the pruned arm's where that ran alone.
+    """
+    whole, pruned = tpot_s.get(UNPRUNED), tpot_s.get(PRUNED)
+    if PRUNED not in steps or UNPRUNED not in steps:
         return None
     saved = steps[UNPRUNED] - steps[PRUNED]
+    if not whole:
+        return (pruned + saved) / pruned if pruned else None
     return whole / (whole - saved) if saved < whole else None
 
 
 def _beaten(decode: RatioProfile | None, ideal: float | None) -> float | None:
     """The measured ratio if its whole interval lies beyond the bound."""
-    if decode is None or ideal is None or decode.verdict != FASTER:
+    if decode is None or ideal is None or decode.low is None or decode.verdict != FASTER:
         return None
     return decode.median if decode.low > ideal * (1 + THRESHOLD) else None
 

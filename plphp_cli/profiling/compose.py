@@ -1,12 +1,12 @@
 """From what was measured of each prompt to the record: medians per prompt, then sums over prompts."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from plphp_cli.profiling.answers import quality
 from plphp_cli.profiling.bound import Limits, Load, Measured, bound
+from plphp_cli.profiling.over_prompts import TIMES, mean_layers, spreads, totals, worst
 from plphp_cli.profiling.records import (
     PRUNED,
     STOCK,
@@ -14,23 +14,19 @@ from plphp_cli.profiling.records import (
     ArmProfile,
     ArmsRecord,
     BoundRecord,
-    LayerProfile,
     PlanRecord,
     ProfileRecord,
     PromptProfile,
     QualityRecord,
     RatioProfile,
     SampleRecord,
-    SpreadRecord,
-    ratio,
 )
 from plphp_cli.profiling.schedule import CONTROL, slots
 from plphp_cli.profiling.state import ModelFigures, ProfileRequest, PromptState
-from plphp_cli.profiling.statistics import Comparison, compare, median, percentiles, spread
+from plphp_cli.profiling.statistics import MIN_PAIRS, Comparison, compare, median, percentiles
 from plphp_cli.results import MIN_DECODE_STEPS, ImageRecord
 
 FIGURES = {"decode": "decode_s", "ttft": "ttft_s", "end_to_end": "end_to_end_s"}
-WORST = 3
 
 
 def compose(
@@ -45,56 +41,30 @@ def compose(
     interrupted: bool,
 ) -> ProfileRecord:
     """The record of one profile, complete or interrupted."""
-    reached = [state for state in states if state.prompt is not None]
+    reached = [state for state in states if state.prompt is not None or state.failed]
     prompts = tuple(_prompt(request, state) for state in reached)
-    arms, ratios = _arms(request, reached), _ratios(request, reached)
-    layers = mean_layers([prompt.layers for prompt in prompts if prompt.layers])
+    # A prompt that was not timed to its end would leave as few repeats to the sums as it has itself.
+    timed = [state for state in reached if _timed(request, state)] or reached
+    arms, ratios = _arms(request, timed), _ratios(request, timed)
+    layers = mean_layers([state.layers for state in timed if state.layers])
     return ProfileRecord(
         model=model,
         config=request.config,
         plan=PlanRecord(request.repeats, request.warmup, request.max_new_tokens, slots(request.arms)),
         arms=arms,
         ratios=ratios,
-        bound=_bound(request, reached, figures, limits, arms, ratios),
+        bound=_bound(request, timed, figures, limits, arms, ratios),
         quality=quality([state.answers for state in reached if state.answers is not None]),
         layers=layers,
         prompts=prompts,
-        control=_control(reached),
-        totals={name: _totals(reached, name) for name, _ in arms.items()},
-        spread=_spreads(prompts),
-        worst=_worst(prompts),
+        control=_control(timed),
+        totals={name: totals(timed, name) for name, _ in arms.items()},
+        spread=spreads(prompts),
+        worst=worst(prompts),
         environment=environment,
-        warnings=(*dict.fromkeys(warnings), *_remarks(reached)),
+        warnings=(*dict.fromkeys(warnings), *_remarks(reached), *_left_out(reached, timed)),
         faults=_faults(reached),
         interrupted=interrupted,
-    )
-
-
-def mean_layers(prompts: Sequence[tuple[LayerProfile, ...]]) -> tuple[LayerProfile, ...]:
-    """One prompt's layers as they are; of several the means, with the commonest group of each layer."""
-    if len(prompts) < 2:
-        return prompts[0] if prompts else ()
-    return tuple(_mean_layer(same) for same in zip(*prompts, strict=True))
-
-
-def _mean_layer(layers: Sequence[LayerProfile]) -> LayerProfile:
-    def mean(name: str) -> float | None:
-        values = [value for layer in layers if (value := getattr(layer, name)) is not None]
-        return fmean(values) if values else None
-
-    groups = Counter(layer.group for layer in layers if layer.group is not None)
-    return LayerProfile(
-        index=layers[0].index,
-        gamma=mean("gamma"),
-        group=groups.most_common(1)[0][0] if groups else None,
-        rate=mean("rate"),
-        vision_tokens_kept=mean("vision_tokens_kept"),
-        kv_bytes_held=mean("kv_bytes_held"),
-        kv_bytes_held_per_head=mean("kv_bytes_held_per_head"),
-        kv_bytes_full=mean("kv_bytes_full"),
-        kv_bytes_allocated=mean("kv_bytes_allocated"),
-        kv_heads=layers[0].kv_heads,
-        head_overlap=mean("head_overlap"),
     )
 
 
@@ -131,7 +101,7 @@ def _arm(request: ProfileRequest, states: Sequence[PromptState], arm: str) -> Ar
     def typical(name: str) -> float | None:
         return _mean_median(timed, lambda state: state.samples(arm, name))
 
-    times = {name: typical(name) for name in _TIMES}
+    times = {name: typical(name) for name in TIMES}
     pruning = states if arm == PRUNED else []
     long_enough = count >= MIN_DECODE_STEPS
     decode_s = times["decode_s"]
@@ -159,9 +129,6 @@ def _arm(request: ProfileRequest, states: Sequence[PromptState], arm: str) -> Ar
         memory=next((s.peaks[arm].memory for s in reversed(states) if arm in s.peaks), None),
         samples=_samples(states, arm),
     )
-
-
-_TIMES = ("prefill_s", "ttft_s", "decode_s", "end_to_end_s")
 
 
 def _failure(failed: Sequence[PromptState], count: int, arm: str) -> str | None:
@@ -193,6 +160,24 @@ def _sums(states: Sequence[PromptState], slot: str, figure: str) -> list[float]:
     return [sum(column) for column in zip(*(state.samples(slot, figure) for state in states), strict=False)]
 
 
+def _fullest(
+    states: Sequence[PromptState], samples: Callable[[PromptState], Sequence[float]]
+) -> list[PromptState]:
+    """The prompts with as many samples as any: one that ended early must not cost the others theirs."""
+    counts = [len(samples(state)) for state in states]
+    most = max(counts, default=0)
+    return [state for state, count in zip(states, counts, strict=True) if count == most > 0]
+
+
+def _timed(request: ProfileRequest, state: PromptState) -> bool:
+    """Whether every arm that did not fail has all its repeats."""
+    needed = [s for s in slots(request.arms) if (UNPRUNED if s == CONTROL else s) not in state.failed]
+    counts = [len(state.prefills.get(slot, ())) for slot in needed]
+    if not state.one_token:
+        counts += [len(state.decodes.get(slot, ())) for slot in needed]
+    return bool(counts) and min(counts) >= request.repeats
+
+
 def _samples(states: Sequence[PromptState], slot: str) -> SampleRecord:
     timed = [state for state in states if state.prefills.get(slot)]
     if not timed:
@@ -201,12 +186,15 @@ def _samples(states: Sequence[PromptState], slot: str) -> SampleRecord:
     def shared(name: str) -> tuple[float, ...]:
         return tuple(sum(column) for column in zip(*(getattr(s, name) for s in timed), strict=False))
 
+    def summed(name: str) -> list[float]:
+        return _sums(_fullest(timed, lambda state: state.samples(slot, name)), slot, name)
+
     return SampleRecord(
         preprocess_s=shared("preprocess_s"),
         vision_s=shared("vision_s"),
         prune_s=shared("prune_s") if slot == PRUNED else (),
         step_s=tuple(d.step_s for d in timed[0].decodes.get(slot, ())) if len(states) == 1 else (),
-        **{name: tuple(_sums(timed, slot, name)) for name in _TIMES},
+        **{name: tuple(summed(name)) for name in TIMES},
     )
 
 
@@ -232,7 +220,10 @@ def _ratios(request: ProfileRequest, states: Sequence[PromptState]) -> dict[str,
 def _ratio(
     states: Sequence[PromptState], numerator: str, denominator: str, figure: str
 ) -> RatioProfile | None:
-    usable = [s for s in states if s.samples(numerator, figure) and s.samples(denominator, figure)]
+    def pairs(state: PromptState) -> list[float]:
+        return min(state.samples(numerator, figure), state.samples(denominator, figure), key=len)
+
+    usable = _fullest(states, pairs)
     if not usable or (figure == "decode_s" and _steps(usable, denominator) < MIN_DECODE_STEPS):
         return None
     control = (_sums(usable, UNPRUNED, figure), _sums(usable, CONTROL, figure))
@@ -244,10 +235,12 @@ def ratio_profile(found: Comparison | None, numerator: str, denominator: str) ->
     """The record of a comparison of two figures, each named `arm.figure`."""
     if found is None:
         return None
+    # An interval of a few pairs is narrow by chance alone.
+    enough = len(found.ratios) >= MIN_PAIRS
     return RatioProfile(
         found.median,
-        found.low,
-        found.high,
+        found.low if enough else None,
+        found.high if enough else None,
         numerator,
         denominator,
         control_low=found.control_low,
@@ -261,37 +254,6 @@ def _steps(states: Sequence[PromptState], arm: str) -> int:
     return len(states[0].decodes[arm][0].step_s)
 
 
-def _totals(states: Sequence[PromptState], arm: str) -> dict[str, float | None]:
-    def total(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) if known else None
-
-    times: dict[str, float | None] = {n: total([median(s.samples(arm, n)) for s in states]) for n in _TIMES}
-    times["kv_bytes_held"] = total([s.kv[arm].held for s in states if arm in s.kv])
-    times["kv_bytes_allocated"] = total([s.kv[arm].allocated for s in states if arm in s.kv])
-    return times
-
-
-def _spreads(prompts: Sequence[PromptProfile]) -> dict[str, SpreadRecord]:
-    if len(prompts) < 2:
-        return {}
-    values = {name: [ratio(prompt.ratios, name) for prompt in prompts] for name in (*FIGURES, "kv")}
-    values["kl_mean"] = [prompt.quality.kl_mean for prompt in prompts]
-    values["top1_agreement"] = [prompt.quality.top1_agreement for prompt in prompts]
-    found = {name: spread([v for v in column if v is not None]) for name, column in values.items()}
-    return {name: five for name, five in found.items() if five is not None}
-
-
-def _worst(prompts: Sequence[PromptProfile]) -> dict[str, tuple[int, ...]]:
-    if len(prompts) < 2:
-        return {}
-    judged = [p for p in prompts if p.quality.kl_mean is not None]
-    timed = [p for p in prompts if ratio(p.ratios, "decode") is not None]
-    by_kl = sorted(judged, key=lambda p: -(p.quality.kl_mean or 0.0))
-    by_speed = sorted(timed, key=lambda p: ratio(p.ratios, "decode") or 0.0)
-    return {"kl": tuple(p.index for p in by_kl[:WORST]), "decode": tuple(p.index for p in by_speed[:WORST])}
-
-
 def _bound(
     request: ProfileRequest,
     states: Sequence[PromptState],
@@ -301,18 +263,22 @@ def _bound(
     ratios: dict[str, RatioProfile | None],
 ) -> BoundRecord | None:
     """The bound of the mean prompt; None before a layer table is known."""
-    looked = [state for state in states if state.layers and state.prompt is not None]
+    looked = [s for s in states if s.prompt is not None and (s.layers or UNPRUNED in s.kv)]
     if figures is None or not looked:
         return None
-    full = [sum(layer.kv_bytes_full or 0 for layer in state.layers) for state in looked]
+    full = [_full_bytes(state) for state in looked]
     tokens = [state.prompt.prompt_tokens for state in looked if state.prompt is not None]
-    heads = max((layer.kv_heads or 0 for layer in looked[0].layers), default=0)
+    heads = max((layer.kv_heads or 0 for layer in looked[0].layers), default=figures.kv_heads)
     held = {arm: value for arm, one in arms.items() if (value := one.kv_bytes_held) is not None}
-    if PRUNED not in held:
+    if PRUNED not in held and all(state.layers for state in looked):
         cut = [sum(layer.kv_bytes_held or 0 for layer in state.layers) for state in looked]
         held[PRUNED] = round(fmean(cut))
     allocated = {arm: value for arm, one in arms.items() if (value := one.kv_bytes_allocated) is not None}
-    peak = arms.pruned.peak_prefill_bytes if arms.pruned is not None else None
+    transient = {
+        arm: max(0, one.peak_prefill_bytes - figures.model_bytes - allocated.get(arm, 0))
+        for arm, one in arms.items()
+        if one.peak_prefill_bytes is not None
+    }
     load = Load(
         weight_bytes=figures.weight_bytes,
         weight_operations=2 * figures.weight_bytes / figures.item_bytes,
@@ -326,11 +292,17 @@ def _bound(
         vision_tokens=fmean(s.prompt.vision_tokens for s in looked if s.prompt is not None),
         images=fmean(len(s.question.images) for s in looked),
         new_tokens=request.max_new_tokens,
-        transient_bytes=None if peak is None else max(0, peak - figures.model_bytes),
+        transient_bytes=transient,
+        context_tokens=figures.context_tokens,
     )
     tpot = {arm: one.tpot_s.p50 if one.tpot_s else None for arm, one in arms.items()}
     pruned = arms.pruned
     return bound(load, limits, Measured(tpot, ratios["decode"], pruned.prune_s if pruned else None))
+
+
+def _full_bytes(state: PromptState) -> float:
+    """A prompt's cache uncut, also where only the unpruned arm was measured."""
+    return sum(layer.kv_bytes_full or 0 for layer in state.layers) or state.kv[UNPRUNED].held
 
 
 def _remarks(states: Sequence[PromptState]) -> list[str]:
@@ -344,6 +316,15 @@ def _remarks(states: Sequence[PromptState]) -> list[str]:
         if stock and unpruned and stock[0].token_ids != unpruned[0].token_ids:
             found.append(f"prompt {state.index + 1}: stock generates other tokens than the unpruned arm")
     return found
+
+
+def _left_out(reached: Sequence[PromptState], timed: Sequence[PromptState]) -> list[str]:
+    """Which prompts were not timed to their end, where others were."""
+    missing = [str(state.index + 1) for state in reached if all(state is not one for one in timed)]
+    if not missing:
+        return []
+    which = f"prompt {missing[0]} was" if len(missing) == 1 else f"prompts {', '.join(missing)} were"
+    return [f"{which} not timed to the end: sums, means and ratios are over the other {len(timed)}"]
 
 
 def _faults(states: Sequence[PromptState]) -> tuple[str, ...]:

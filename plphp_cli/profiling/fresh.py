@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,30 +70,36 @@ def measure_fresh(job: FreshJob, done: Callable[[int], None] = lambda count: Non
     """
     payload = {**asdict(job), "config": job.config.to_dict()}
     found: list[FreshPeaks] = []
-    with subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_environment(),
-        # A Ctrl-C on the terminal is for this process, which ends the other.
-        start_new_session=True,
-    ) as process:
+    # What it says on stderr goes to a file: a pipe that nobody reads would fill up and stop it.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as words,
+        subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env=_environment(),
+            # A Ctrl-C on the terminal is for this process, which ends the other.
+            start_new_session=True,
+        ) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
         try:
             process.stdin.write(json.dumps(payload))
             process.stdin.close()
             for line in process.stdout:
                 found.append(_read(json.loads(line)))
                 done(len(found))
-            error = process.stderr.read()
         except BrokenPipeError:
-            error = process.stderr.read()
+            # It ended before it read its job; what it said tells why.
+            pass
         finally:
             process.kill()
+        process.wait()
+        words.seek(0)
+        error = words.read()
     if len(found) < len(job.prompts):
         last = error.strip().splitlines()[-1:] or ["it ended without a word"]
         found += [FreshPeaks(failed=last[0][:300])] * (len(job.prompts) - len(found))

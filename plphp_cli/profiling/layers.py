@@ -106,8 +106,8 @@ def _heads(layer: LayerState, state: SequenceState, shares: list[list[float]]) -
     kept = torch.gather(grouped, 1, layer.kept).sum(dim=-1)
     return tuple(
         HeadProfile(
-            gamma=mass,
-            attention_kept=share / mass if mass > 0 else None,
+            gamma=finite(mass),
+            attention_kept=finite(share / mass) if mass > 0 else None,
             image_shares=tuple(images),
         )
         for mass, share, images in zip(whole.tolist(), kept.tolist(), shares, strict=True)

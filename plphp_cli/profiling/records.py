@@ -61,7 +61,8 @@ class ArmProfile:
     Attributes:
         new_tokens: tokens that each timed run generated.
         failed: why the arm could not be measured to the end; None when it was.
-        preprocess_s: decoded images and text to the model's inputs on the device; the same in every arm.
+        preprocess_s: decoded images and text to the model's inputs on the device. Taken once per repeat for
+            all arms, which do the same: it adds nothing to what they differ by.
         vision_s: the vision encoder alone, in a pass of its own; it is a part of prefill.
         prefill_s: inputs on the device to the first token's logits.
         prune_s: scores and gather of all layers, in a pass of its own; it is a part of prefill.
@@ -125,7 +126,8 @@ class RatioProfile:
 
     Attributes:
         median: of the paired ratios.
-        low: lower end of the 95 % paired bootstrap interval of the median; `high` the upper end.
+        low: lower end of the 95 % paired bootstrap interval of the median; `high` the upper end. None of
+            too few pairs; of `kv`, which is exact, the ratio itself.
         numerator: `arm.figure`; likewise `denominator`.
         control_low: lower end of the A/A interval: how far identical arms differed in the same schedule.
         control_high: its upper end.
@@ -134,8 +136,8 @@ class RatioProfile:
     """
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     numerator: str
     denominator: str
     control_low: float | None = None
@@ -146,10 +148,17 @@ class RatioProfile:
 
 @dataclass(frozen=True)
 class CapacityRecord:
-    """How many prompts like this one, and images like its images, fit in the device's memory at once."""
+    """How much fits in the device's memory beside the weights, and one prefill at a time.
+
+    Attributes:
+        prompts: such prompts with their new tokens, all in memory at once.
+        images: images like this prompt's in one prompt with its text.
+        images_limit: what ends their number: `memory`, or the model's `context window`.
+    """
 
     prompts: int | None
     images: int | None
+    images_limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +278,10 @@ class HeadProfile:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One decoder layer of the pruned arm; over several prompts the means, and the commonest group.
+    """One decoder layer of the pruned arm; over several prompts the means.
+
+    Each mean is over the prompts that have the figure (gamma and heads: those with vision tokens; image i:
+    those that have one). `group` is then the one that all of them share, else None; `groups` counts them.
 
     `vision_tokens_kept` is per KV head; `head_overlap` the mean Jaccard overlap of the tokens that two heads
     of the layer keep; `image_shares` the share of each image's vision tokens kept, mean over heads;
@@ -289,6 +301,7 @@ class LayerProfile:
     head_overlap: float | None = None
     image_shares: tuple[float, ...] = ()
     heads: tuple[HeadProfile, ...] = ()
+    groups: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -328,7 +341,7 @@ class ProfileRecord:
         arms: over all prompts; `control` the A/A control's samples (the unpruned arm once more).
         ratios: `decode`, `ttft`, `end_to_end`, `kv` of pruned and unpruned; `loop_*` of stock and unpruned;
             None where they could not be taken.
-        totals: per arm, sums over prompts of medians and bytes.
+        totals: per arm, sums of medians and bytes over the `prompts` that it answered.
         spread: per ratio and for `kl_mean`, over prompts.
         worst: prompts (their index) with the largest KL, and those with the smallest decode ratio.
         faults: what must not happen and did: faults of the tool, not of the model.

@@ -73,6 +73,8 @@ class ProfileSession:
     def load(self) -> None:
         """Load the model and note the circumstances."""
         request = self._request
+        # Before the model is there, too: what is interrupted while it loads says under which circumstances.
+        self._note_circumstances()
         self._note_machine()
         start = time.monotonic()
         self._loaded = loaded = load(
@@ -88,30 +90,17 @@ class ProfileSession:
             model_bytes=sum({t.data_ptr(): t.nbytes for t in tensors}.values()),
             item_bytes=loaded.dtype.itemsize,
             query_heads=int(getattr(text, "num_attention_heads", 1)),
+            kv_heads=int(getattr(text, "num_key_value_heads", None) or 0),
+            context_tokens=getattr(text, "max_position_embeddings", None),
         )
-        first = request.questions[0]
-        self._environment |= environment(
-            loaded=loaded,
-            config=request.config,
-            seed=0,
-            command=request.command or None,
-            images=[image for question in request.questions for image in question.images],
-            prompt=first.prompt if len(request.questions) == 1 else None,
-            attention_mask="none while decoding what was cut, else the model's own",
-        )
-        self._environment["questions"] = [
-            {
-                "prompt_sha256": sha256_of_text(question.prompt),
-                "image_sha256": [image.sha256 for image in question.images],
-            }
-            for question in request.questions
-        ]
+        self._note_circumstances()
 
     def run(self) -> None:
         """Measure every prompt, then the machine, then peaks in fresh processes."""
         for state in self.states:
             self._look(state)
-            self._time(state)
+            if state.prompt is not None:
+                self._time(state)
         assert self._loaded is not None
         device, dtype = self._loaded.device, self._loaded.dtype
         self._release()
@@ -156,6 +145,29 @@ class ProfileSession:
             }
         )
 
+    def _note_circumstances(self) -> None:
+        request, loaded = self._request, self._loaded
+        first = request.questions[0]
+        self._environment |= environment(
+            loaded=loaded,
+            config=request.config,
+            seed=0,
+            command=request.command or None,
+            images=[image for question in request.questions for image in question.images],
+            prompt=first.prompt if len(request.questions) == 1 else None,
+            attention_mask="none while decoding what was cut, else the model's own",
+        )
+        if loaded is None:
+            # Where the model would have run is not known.
+            self._environment["device"] = None
+        self._environment["questions"] = [
+            {
+                "prompt_sha256": sha256_of_text(question.prompt),
+                "image_sha256": [image.sha256 for image in question.images],
+            }
+            for question in request.questions
+        ]
+
     def _note_machine(self) -> None:
         """Whether others use the CPU, while this process does nothing."""
         self._environment["busy_share_before"], warning = how_busy()
@@ -171,11 +183,13 @@ class ProfileSession:
         request, loaded, question = self._request, self._loaded, state.question
         assert loaded is not None
         with self._pace.piece("prepare", self._stage(state, "preprocessing")):
-            for _ in range(request.warmup + request.repeats):
-                state.prompt = prepare(loaded, question.images, question.prompt, question.system)
-                state.preprocess_s.append(state.prompt.preprocess_s)
-            del state.preprocess_s[: request.warmup]
-        self._warnings += [n for n in state.prompt.notes if n not in self._warnings] if state.prompt else []
+            self._guarded(state, None, lambda: self._prepare(state))
+        if state.prompt is None:
+            state.failed |= dict.fromkeys(request.arms, "out of memory")
+            for kind in ("answer", "judge", "prefill", "pruning", "decode"):
+                self._pace.drop(kind, self._plan()[kind] // len(self.states))
+            return
+        self._warnings += [note for note in state.prompt.notes if note not in self._warnings]
         state.answers = answers = Answers(answer=question.answer)
         for arm in request.arms:
             with self._pace.piece("answer", self._stage(state, f"{arm} arm, its answer")):
@@ -187,7 +201,20 @@ class ProfileSession:
         with self._pace.piece("judge", self._stage(state, "quality, teacher-forced")):
             if {PRUNED, UNPRUNED} <= set(request.arms) - state.failed.keys() and answers.ids:
                 self._guarded(state, None, lambda: judge(loaded, _of(state), request.config, answers))
+        if not answers.finite:
+            self._warnings.append(self._stage(state, "the model's logits are not finite, so KL is not known"))
         self._check()
+
+    def _prepare(self, state: PromptState) -> None:
+        """As often as is timed; nothing of it is kept if memory ends."""
+        request, loaded, question = self._request, self._loaded, state.question
+        assert loaded is not None
+        rounds = request.warmup + request.repeats
+        seconds = []
+        for _ in range(rounds):
+            prompt = prepare(loaded, question.images, question.prompt, question.system)
+            seconds.append(prompt.preprocess_s)
+        state.prompt, state.preprocess_s = prompt, seconds[request.warmup :]
 
     def _answer(self, state: PromptState, arm: str) -> None:
         request, loaded, answers = self._request, self._loaded, state.answers
@@ -270,8 +297,7 @@ class ProfileSession:
     def _kv(self, arm: Arm, name: str) -> KVBytes:
         if isinstance(arm, StockArm):
             # Its storages have no room to spare; concatenation grows them as tokens come.
-            held = arm.held_bytes or 0
-            return KVBytes(held, held)
+            return KVBytes(arm.held_bytes, arm.allocated_bytes)
         assert isinstance(arm, PathArm)
         assert arm.prefilled is not None
         config = self._request.config if name == PRUNED else None

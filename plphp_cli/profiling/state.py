@@ -104,3 +104,5 @@ class ModelFigures:
     model_bytes: int
     item_bytes: int
     query_heads: int
+    kv_heads: int = 0
+    context_tokens: int | None = None

@@ -125,7 +125,7 @@ class StockArm:
         self._inputs: dict[str, Any] = dict(prompt.inputs)
         self._new_tokens, self._timer = new_tokens, timer
         self._cache: Any = None
-        self.held_bytes: int | None = None
+        self.held_bytes = self.allocated_bytes = 0
 
     def prefill(self) -> PrefillSample:
         """See `Arm`."""
@@ -134,7 +134,7 @@ class StockArm:
         start = self._timer.now()
         output = generate_exactly(self._model, self._inputs, 1, watch, watch.processor)
         self._cache = output.past_key_values
-        self.held_bytes = _cache_bytes(self._cache)
+        self.held_bytes, self.allocated_bytes = _cache_bytes(self._cache)
         return PrefillSample(watch.logits[0] - start, watch.tokens[0] - start)
 
     def decode(self) -> DecodeSample:
@@ -267,8 +267,11 @@ def _sample(elapsed_s: list[float], token_ids: list[int]) -> DecodeSample:
     return DecodeSample(steps, tuple(token_ids))
 
 
-def _cache_bytes(cache: Any) -> int:
+def _cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes of the keys and values of transformers' own cache, and of the storages that they lie in."""
     tensors = [
         t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
     ]
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    held = [t for t in tensors if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    return sum(t.nbytes for t in held), sum(storages.values())

@@ -1,0 +1,86 @@
+"""What the profile's readings are worth by themselves: peaks, fresh processes, stock's tokens, overlaps."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import as_prompt, load
+from profiles import CPU, TOKENS
+
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
+from plphp_cli.profiling.layers import head_overlap, image_shares
+from plphp_cli.profiling.machine import buffer_bytes, read_bandwidth
+from plphp_cli.profiling.peaks import LiveBytes, measure_peaks
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED
+from plphp_cli.profiling.timing import PathArm, StockArm, Timer
+
+
+def test_an_allocation_of_known_size_is_seen():
+    with LiveBytes(CPU) as live:
+        one = torch.empty(1 << 20, dtype=torch.uint8)
+        assert live.live == 1 << 20
+        view = one.view(2, -1)[0]
+        two = one + 1
+        assert live.live == 2 << 20
+        del one, two
+        assert live.live == 1 << 20  # the view holds its storage
+        del view
+        assert (live.live, live.peak) == (0, 2 << 20)
+
+
+def test_peaks_hold_the_weights_and_the_cache():
+    family = load("llava")
+    loaded = SimpleNamespace(model=family.model, processor=None, device=CPU)
+    prompt = as_prompt(family.prompts[0])
+    weights = sum({t.data_ptr(): t.nbytes for t in family.model.parameters()}.values())
+    peaks = {arm: measure_peaks(loaded, prompt, arm, config, TOKENS) for arm, config in
+             ((PRUNED, PLPHPConfig(r=0.3)), (UNPRUNED, None), (STOCK, None))}  # fmt: skip
+    for found in peaks.values():
+        assert weights < found.decode_bytes < found.prefill_decoder_bytes <= found.prefill_bytes < 2 * weights
+    assert peaks[PRUNED].decode_bytes < peaks[UNPRUNED].decode_bytes
+    # Stock holds one cache, too: what it concatenates anew is a part of one layer at a time.
+    text = family.model.config.get_text_config()
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    cache = token * (prompt.prompt_tokens + TOKENS)
+    assert abs(peaks[STOCK].decode_bytes - peaks[UNPRUNED].decode_bytes) < cache / 2
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_stock_and_the_unpruned_arm_make_the_same_tokens(name):
+    family = load(name)
+    loaded = SimpleNamespace(model=family.model, processor=None, device=CPU)
+    for inputs in family.prompts:
+        arms = [arm(loaded, as_prompt(inputs), *rest, TOKENS, Timer(CPU)) for arm, rest in
+                ((StockArm, ()), (PathArm, (None,)))]  # fmt: skip
+        for arm in arms:
+            arm.prefill()
+        # Twice: the first decode must leave the prefilled cache as it was.
+        tokens = {arm.decode().token_ids for arm in arms for _ in range(2)}
+        assert len(tokens) == 1
+        assert len(tokens.pop()) == TOKENS
+
+
+def test_a_fresh_process_measures_each_prompt_and_says_why_it_cannot(toy, images):
+    prompts = (FreshPrompt(tuple(image.path for image in images), "what?"), FreshPrompt((), "what?"))
+    job = FreshJob(PRUNED, PLPHPConfig(), prompts, None, TOKENS, toy, "float32", "cpu", "sdpa")
+    first, second = measure_fresh(job)
+    assert first.failed is None
+    assert first.peak_bytes == max(first.prefill_bytes, first.decode_bytes) > second.peak_bytes
+    assert first.memory.rss_peak_bytes > first.peak_bytes
+    lost = measure_fresh(dataclasses.replace(job, model=toy + "/nowhere"))
+    assert [peaks.peak_bytes for peaks in lost] == [None, None]
+    assert "nowhere" in lost[0].failed
+
+
+def test_the_bandwidth_buffer_is_large_and_fits():
+    assert buffer_bytes(CPU, None) == 1 << 30
+    assert read_bandwidth(CPU, 1 << 24) > 1e6
+
+
+def test_overlap_and_shares_are_of_what_heads_keep():
+    kept = torch.tensor([[0, 1, 4], [1, 2, 5]])
+    assert head_overlap(kept) == pytest.approx(1 / 5)
+    assert head_overlap(kept[:1]) is None
+    assert image_shares(kept, torch.arange(6), ((0, 4), (4, 6))) == [[0.5, 0.5], [0.5, 0.5]]
