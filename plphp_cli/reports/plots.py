@@ -1,27 +1,31 @@
 """The plots of the HTML page, as SVG by matplotlib: records in, text out, the same text every time."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
-from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, LayerProfile, ProfileRecord
 from plphp_cli.units import format_bytes, format_percent
 
 COLOURS = {PRUNED: "#1b7f5c", UNPRUNED: "#7a6a9b", STOCK: "#b5742a"}
 # Narrow on purpose: the page shows two beside each other on a desk and one on a phone, letters legible.
 _WIDTH = 5.2
+# Stands for the colour of the text around a plot, which is light on a dark page.
+_INK = "#1f2937"
 _STYLE: Any = {
     "font.size": 10.5,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
-    "svg.hashsalt": "plphp",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8a93a0",
-    "text.color": "#1f2937",
-    "axes.labelcolor": "#1f2937",
-    "xtick.color": "#4b5563",
-    "ytick.color": "#4b5563",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
+# Neither of what it holds says more than the page does, and its names look like addresses to fetch.
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Type", "Format"))
 
 
 def bound_bar(record: ProfileRecord) -> str | None:
@@ -38,7 +42,14 @@ def bound_bar(record: ProfileRecord) -> str | None:
             axes.barh(place, bound.weight_bytes, color="#c3c9d1", label="weights" if place == 0 else None)
             axes.barh(place, cache, left=bound.weight_bytes, color=COLOURS[name])
             total = bound.weight_bytes + cache
-            axes.text(total, place, f" {format_bytes(total)}, cache {share}", va="center", fontsize=9.5)
+            axes.annotate(
+                f"{format_bytes(total)}, cache {share}",
+                (total, place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         most = bound.weight_bytes + max(bound.kv_bytes_per_step[name] or 0 for name in names)
@@ -77,16 +88,18 @@ def latency(record: ProfileRecord) -> str | None:
     return _svg(draw, 3.2)
 
 
-def head_map(record: ProfileRecord, figure: str, title: str) -> str | None:
-    """A figure of every KV head, layer by layer, in [0, 1]; None where heads are not known."""
-    prompt = record.prompts[0] if record.prompts else None
-    layers = [layer for layer in prompt.layers if layer.heads] if prompt is not None else []
+def head_map(layers: Sequence[LayerProfile], figure: str, title: str, of: str = "") -> str | None:
+    """A figure of every KV head, layer by layer, in [0, 1]; None where heads are not known.
+
+    `of` says whose layers they are, where a page has several maps.
+    """
+    layers = [layer for layer in layers if layer.heads]
     if not layers:
         return None
     heads = max(len(layer.heads) for layer in layers)
     nan = float("nan")
 
-    def value(layer: Any, head: int) -> float:
+    def value(layer: LayerProfile, head: int) -> float:
         found = getattr(layer.heads[head], figure) if head < len(layer.heads) else None
         return nan if found is None else found
 
@@ -107,7 +120,7 @@ def head_map(record: ProfileRecord, figure: str, title: str) -> str | None:
                 axes.text(column, row, f"{number:.2f}", ha="center", va="center", color=ink, fontsize=8.5)
         axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
 
-    return _svg(draw, 1.1 + min(0.28 * len(layers), 7.0))
+    return _svg(draw, 1.1 + min(0.28 * len(layers), 7.0), f"{figure} {of}")
 
 
 def _steps(prompt: Any, name: str) -> tuple[tuple[float, ...], ...]:
@@ -115,18 +128,21 @@ def _steps(prompt: Any, name: str) -> tuple[tuple[float, ...], ...]:
     return () if arm is None else arm.samples.step_s
 
 
-def _svg(draw: Any, height: float) -> str:
-    """One figure drawn on fresh axes, without a display and without pyplot's global state."""
+def _svg(draw: Any, height: float, name: str = "") -> str:
+    """One figure drawn on fresh axes, without a display and without pyplot's global state.
+
+    `name` keeps the ids inside figures of one page apart: those of a hidden one may not be referred to.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"plphp {name}"}):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.subplots())
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
+        figure.savefig(text, format="svg", transparent=True, metadata=_NO_METADATA)
+    svg = text.getvalue().replace(_INK, "currentColor")
     # Without the XML prologue it can stand inside a page.
     return svg[svg.index("<svg") :]

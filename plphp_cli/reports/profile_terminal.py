@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from plphp_cli.profiling.records import (
-    FASTER,
-    NO_DIFFERENCE,
     PRUNED,
     SLOWER,
     STOCK,
@@ -14,11 +12,23 @@ from plphp_cli.profiling.records import (
     ArmProfile,
     LayerProfile,
     ProfileRecord,
-    ratio,
+    RatioProfile,
 )
 from plphp_cli.reports.diff import DIFFERENT_STYLE, marked, word_diff
 from plphp_cli.reports.layers import layer_lines
-from plphp_cli.reports.profile_text import headline, remarks, repaid, standing
+from plphp_cli.reports.profile_text import (
+    FIGURES,
+    capacity,
+    divergence,
+    headline,
+    interval,
+    plural,
+    remarks,
+    repaid,
+    standing,
+    verdict,
+    worst_prompts,
+)
 from plphp_cli.reports.text import fit, visible, wrapped
 from plphp_cli.results import LayerRecord
 from plphp_cli.units import (
@@ -34,14 +44,13 @@ from plphp_cli.units import (
 )
 
 _LABEL, _VALUE = 24, 12
-_VERDICTS = {FASTER: "faster", SLOWER: "SLOWER", NO_DIFFERENCE: "no difference"}
+# A row of ratios: label, median, two intervals and the longest verdict.
+_RATIO_LABEL, _RATIO_ROW = 17, 79
 _RATIO_LABELS = {
-    "ttft": "TTFT",
-    "end_to_end": "end to end",
-    "kv": "KV held (below 1)",
-    "loop_decode": "decode, stock/unpr.",
-    "loop_ttft": "TTFT, stock/unpr.",
-    "loop_end_to_end": "end to end, stock/unpr.",
+    **FIGURES,
+    "loop_decode": "loop: decode",
+    "loop_ttft": "loop: TTFT",
+    "loop_end_to_end": "loop: end to end",
 }
 
 
@@ -77,7 +86,7 @@ def profile_report(record: ProfileRecord, width: int, colour: bool) -> list[Text
 
 def _times(record: ProfileRecord, width: int) -> list[Text]:
     arms = record.arms.items()
-    lines = _rule(f"times, median of {record.plan.repeats} repeats", width)
+    lines = _rule(f"times, median of {plural(record.plan.repeats, 'repeat')}", width)
     lines.append(_row("", [name for name, _ in arms], width, "bold"))
 
     def figure(label: str, show: Callable[[ArmProfile], str]) -> None:
@@ -94,7 +103,7 @@ def _times(record: ProfileRecord, width: int) -> list[Text]:
     figure("  TPOT p90", lambda arm: format_seconds(arm.tpot_s.p90 if arm.tpot_s else None))
     figure("  TPOT p99", lambda arm: format_seconds(arm.tpot_s.p99 if arm.tpot_s else None))
     tokens = max((arm.new_tokens or 0 for _, arm in arms), default=0)
-    figure(f"end to end, {tokens} tokens", lambda arm: format_seconds(arm.end_to_end_s))
+    figure(f"end to end, {plural(tokens, 'token')}", lambda arm: format_seconds(arm.end_to_end_s))
     share = record.arms.pruned.prune_share_of_prefill if record.arms.pruned is not None else None
     if share is not None:
         text = f"pruning itself took {format_percent(share)} of a prefill of its own pass"
@@ -103,28 +112,41 @@ def _times(record: ProfileRecord, width: int) -> list[Text]:
 
 
 def _differences(record: ProfileRecord, width: int) -> list[Text]:
-    """Paired ratios, each with its interval and that of identical arms."""
+    """Paired ratios, each with what may be said of it, its interval and that of identical arms."""
     if not any(found is not None for found in record.ratios.values()):
         return []
-    lines = _rule("ratios, unpruned / pruned: above 1 favours pruning", width)
-    heading = ("", "median", "95 % interval", "A/A interval", "verdict")
-    lines.append(_cut(_ratio_row(heading, "bold"), width))
+    loop = "; loop: stock / unpruned" if any(name.startswith("loop_") for name in record.ratios) else ""
+    lines = _rule(f"ratios, unpruned / pruned{loop}; above 1 favours pruning", width)
+    if width >= _RATIO_ROW:
+        lines.append(_ratio_row(("", "median", "95 % interval", "A/A interval", "verdict"), "bold"))
     for name, found in record.ratios.items():
         label = _RATIO_LABELS.get(name, name)
         if found is None:
-            lines.append(_cut(_ratio_row((label, NOT_AVAILABLE, "", "", "")), width))
+            cells = (label, NOT_AVAILABLE, "", "", "")
+        else:
+            own = "" if name == "kv" else interval(found.low, found.high)
+            same = "" if name == "kv" else interval(found.control_low, found.control_high)
+            cells = (label, format_ratio(found.median), own, same, _said(name, found))
+        if width >= _RATIO_ROW:
+            lines.append(_ratio_row(cells))
             continue
-        low_high = "" if name == "kv" else f"{found.low:.3f} to {found.high:.3f}"
-        same = "" if found.control_low is None else f"{found.control_low:.3f} to {found.control_high:.3f}"
-        verdict = _VERDICTS.get(found.verdict or "", "" if name == "kv" else "too few pairs")
-        lines.append(_cut(_ratio_row((label, format_ratio(found.median), low_high, same, verdict)), width))
+        # Too narrow for a row: what may be said comes first, the intervals below.
+        lines += _pair(label, ", ".join(filter(None, (cells[1], cells[4]))), width)
+        if cells[2]:
+            lines += _pair("", f"interval {cells[2]}, A/A {cells[3]}", width)
     return lines
 
 
+def _said(name: str, found: RatioProfile) -> str:
+    said = verdict(name, found)
+    # A loss should catch the eye among gains.
+    return said.upper() if said == SLOWER else said
+
+
 def _ratio_row(cells: Sequence[str], style: str = "") -> Text:
-    label, median, interval, same, verdict = cells
-    line = fit(Text(label, style=style or "dim"), _LABEL)
-    line.append(f"{median:>7} {interval:>16} {same:>16}  {verdict}", style)
+    label, median, own, same, said = cells
+    line = fit(Text(label, style=style or "dim"), _RATIO_LABEL)
+    line.append(f"{median:>6} {own:>14} {same:>14}  {said}", style)
     line.rstrip()
     return line
 
@@ -144,8 +166,9 @@ def _memory(record: ProfileRecord, width: int) -> list[Text]:
     figure("resident (RSS), peak", lambda arm: arm.memory.rss_peak_bytes if arm.memory else None)
     figure("GPU used, peak (NVML)", lambda arm: arm.memory.device_used_peak_bytes if arm.memory else None)
     text = (
-        "KV bytes are as predicted, per layer and head. Peaks are of live tensors, weights included, a fresh "
-        "process per arm; RSS and NVML are of that process and its device, shown for comparison."
+        "KV bytes of the tool's arms are as predicted, layer by layer and per head; stock's are read from "
+        "its cache. Peaks are of live tensors, weights included, a fresh process per arm; RSS and NVML are "
+        "of that process and its device, shown for comparison."
     )
     return [*lines, *wrapped(Text(text, style="dim"), width)]
 
@@ -166,15 +189,16 @@ def _bound(record: ProfileRecord, width: int) -> list[Text]:
     figure("cache, share of step", [format_percent(bound.kv_share_of_step[name]) for name in names])
     figure("least time of a step", [format_seconds(bound.ideal_step_s[name]) for name in names])
     figure("share attained", [format_percent(bound.attained[name]) for name in names])
+    figure("operations of a step", [_millions(bound.operations_per_step[name]) for name in names])
     fit_in = [bound.capacity.get(name) for name in names]
     figure("such prompts that fit", [format_count(one.prompts if one else None) for one in fit_in])
-    figure("such images that fit", [format_count(one.images if one else None) for one in fit_in])
+    figure("such images, 1 prompt", [format_count(one.images if one else None) for one in fit_in])
     facts = (
         f"ideal decode ratio {_three(bound.ideal_decode_ratio)}; this device reads "
         f"{format_bytes(bound.bandwidth_bytes_per_s)}/s and does "
         f"{format_number(None if bound.operations_per_s is None else bound.operations_per_s / 1e9, 1)} "
         f"GFLOP/s as measured; its memory: {format_bytes(bound.device_memory_bytes)}. "
-        f"Pruning has repaid its own cost: {repaid(record)}."
+        f"{capacity(record)} Pruning has repaid its own cost: {repaid(record)}."
     )
     lines += wrapped(Text(facts), width)
     return [*lines, *_batches(record, width)]
@@ -184,18 +208,21 @@ def _batches(record: ProfileRecord, width: int) -> list[Text]:
     table = record.bound.table if record.bound is not None else ()
     if not table:
         return []
-    gains = list(table[0].reached_at_tokens)
-    lines = [Text("ideal gain, batch size against context; where it passes a gain:", style="dim")]
-    cells = [*(f"{_context(int(c))} tok" for c in table[0].ideal_decode_ratio), *(f"{g}x at" for g in gains)]
-    # Eight columns of eight cells and the batch: 72.
-    lines.append(Text("batch".rjust(6) + "".join(cell.rjust(9) for cell in cells), style="bold"))
-    for row in table:
-        values = [format_ratio(value) for value in row.ideal_decode_ratio.values()]
-        values += ["never" if at is None else _context(at) for at in row.reached_at_tokens.values()]
-        lines.append(Text(str(row.batch).rjust(6) + "".join(value.rjust(9) for value in values)))
-    for line in lines:
-        line.truncate(width, overflow="ellipsis")
-    return lines
+    lines = [Text("context in tokens from which the ideal gain passes; ideal gain by context:", style="dim")]
+    lines.append(_batch_row("batch size", [str(row.batch) for row in table], "bold"))
+    for gain in table[0].reached_at_tokens:
+        reached = [row.reached_at_tokens[gain] for row in table]
+        lines.append(_batch_row(f"{gain}x from", ["never" if at is None else _context(at) for at in reached]))
+    for context in table[0].ideal_decode_ratio:
+        values = [format_ratio(row.ideal_decode_ratio[context]) for row in table]
+        lines.append(_batch_row(f"at {_context(int(context))}", values))
+    return [line for whole in lines for line in wrapped(whole, width)]
+
+
+def _batch_row(label: str, values: Sequence[str], style: str = "") -> Text:
+    line = fit(Text(label, style=style or "dim"), 10)
+    line.append("".join(value.rjust(7) for value in values), style)
+    return line
 
 
 def _quality(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
@@ -204,15 +231,11 @@ def _quality(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
     if quality.kl_mean is not None:
         lines = _rule("quality along the unpruned answer", width)
         both = [format_number(quality.perplexity.get(arm), 3) for arm in (PRUNED, UNPRUNED)]
-        divergence = quality.first_divergence
+        first = quality.first_divergence
         rows = [
-            (
-                "KL, nats a token",
-                f"mean {quality.kl_mean:.4f}, p95 {format_number(quality.kl_p95, 4)}, "
-                f"max {format_number(quality.kl_max, 4)}",
-            ),
+            ("KL, unpruned || pruned", divergence(record)),
             ("top-1 agreement", format_percent(quality.top1_agreement)),
-            ("first divergence", "none" if divergence is None else f"token {divergence}"),
+            ("first divergence", "none" if first is None else f"token {first}"),
             ("perplexity", f"{both[0]} pruned, {both[1]} unpruned"),
         ]
         for label, values in (
@@ -223,16 +246,21 @@ def _quality(record: ProfileRecord, width: int, colour: bool) -> list[Text]:
                 shown = [format_percent(values.get(arm)) for arm in (PRUNED, UNPRUNED)]
                 rows.append((label, f"{shown[0]} pruned, {shown[1]} unpruned"))
         lines += [line for label, text in rows for line in _pair(label, text, width)]
-    if texts.pruned is None:
+    if texts.pruned is None and texts.unpruned is None:
         return lines
     which = "" if len(record.prompts) == 1 else ", of the prompt with the largest KL"
-    if texts.unpruned is None or texts.unpruned == texts.pruned:
-        same = "pruned" if texts.unpruned is None else "pruned and unpruned: the same text"
-        return [*lines, *_rule(same + which, width), *wrapped(_answer(texts.pruned), width)]
-    first, second = word_diff(texts.pruned, texts.unpruned)
+    known = {
+        name: text
+        for name, text in (("pruned", texts.pruned), ("unpruned", texts.unpruned))
+        if text is not None
+    }
+    if texts.pruned is None or texts.unpruned is None or texts.unpruned == texts.pruned:
+        title = " and ".join(known) + (": the same text" if len(known) > 1 else "")
+        return [*lines, *_rule(title + which, width), *wrapped(_answer(next(iter(known.values()))), width)]
+    cut, whole = word_diff(texts.pruned, texts.unpruned)
     how = Text("differences so", DIFFERENT_STYLE) if colour else Text("differences [[so]]")
-    lines += [*_rule("pruned" + which, width), *wrapped(marked(first, colour), width)]
-    return [*lines, *_rule("unpruned", width, how), *wrapped(marked(second, colour), width)]
+    lines += [*_rule("pruned" + which, width), *wrapped(marked(cut, colour), width)]
+    return [*lines, *_rule("unpruned", width, how), *wrapped(marked(whole, colour), width)]
 
 
 def _prompts(record: ProfileRecord, width: int) -> list[Text]:
@@ -241,20 +269,20 @@ def _prompts(record: ProfileRecord, width: int) -> list[Text]:
     lines = _rule(f"over {len(record.prompts)} prompts", width)
     for name, arm in record.totals.items():
         seconds, held = format_seconds(arm.get("end_to_end_s")), format_bytes(arm.get("kv_bytes_held"))
-        text = f"end to end {seconds}, KV held {held}"
+        over = plural(int(arm.get("prompts") or 0), "prompt")
+        text = f"end to end {seconds}, KV held {held}, {over}"
         lines += _pair(f"total, {name}", text, width)
     for name, five in record.spread.items():
         text = (
             f"{five.minimum:.3f} to {five.maximum:.3f}, middle half {five.quartile_1:.3f} to "
             f"{five.quartile_3:.3f}"
         )
-        lines += _pair(f"spread, {name}", text, width)
-    for name, worst in record.worst.items():
-        for index in worst:
-            prompt = next(one for one in record.prompts if one.index == index)
-            value = prompt.quality.kl_mean if name == "kl" else ratio(prompt.ratios, "decode")
-            text = f"{format_number(value, 4)}  {' '.join(visible(prompt.prompt).split())}"
-            lines.append(_cut(_pair(f"worst {name}, #{index + 1}", text, 10_000)[0], width))
+        lines += _pair(f"spread, {FIGURES.get(name, name)}", text, width)
+    for name, worst in worst_prompts(record):
+        lines.append(_cut(Text(f"{name}:", style="dim"), width))
+        for prompt, value in worst:
+            told = f"  #{prompt.index + 1}, {value}: {' '.join(visible(prompt.prompt).split())}"
+            lines.append(_cut(Text(told), width))
     return lines
 
 
@@ -262,9 +290,13 @@ def _layers(record: ProfileRecord, width: int) -> list[Text]:
     if not record.layers:
         return []
     lines = _rule("where the attention goes, layer by layer", width)
-    counts = {prompt.vision_tokens for prompt in record.prompts}
-    vision = counts.pop() if len(counts) == 1 else None
+    counts = [prompt.vision_tokens for prompt in record.prompts if prompt.vision_tokens is not None]
+    vision = round(sum(counts) / len(counts)) if counts else None
     lines += layer_lines([_as_record(layer) for layer in record.layers], vision, width)
+    if len(record.prompts) > 1:
+        lines.append(
+            _cut(Text("means over prompts; groups: how many prompts have which", style="dim"), width)
+        )
     overlaps = [layer.head_overlap for layer in record.layers if layer.head_overlap is not None]
     shares = [layer.image_shares for layer in record.layers if layer.image_shares]
     if overlaps:
@@ -274,7 +306,8 @@ def _layers(record: ProfileRecord, width: int) -> list[Text]:
         lines += wrapped(Text(text), width)
     if shares:
         means = [sum(column) / len(column) for column in zip(*shares, strict=True)]
-        text = "kept per image: " + ", ".join(
+        which = "" if len(record.prompts) == 1 else ", mean of the prompts that have it"
+        text = f"kept per image{which}: " + ", ".join(
             f"image {number} {format_percent(share, 0)}" for number, share in enumerate(means, 1)
         )
         lines += wrapped(Text(text), width)
@@ -288,7 +321,7 @@ def _as_record(layer: LayerProfile) -> LayerRecord:
     return LayerRecord(
         layer.index,
         layer.gamma,
-        layer.group,
+        layer.group or " ".join(f"{count} {name[:3]}" for name, count in layer.groups.items()) or None,
         layer.rate,
         whole(layer.vision_tokens_kept),
         whole(layer.kv_bytes_held),
@@ -299,6 +332,10 @@ def _as_record(layer: LayerProfile) -> LayerRecord:
 
 def _context(tokens: int) -> str:
     return f"{tokens / 1024:.0f}k" if tokens >= 10 * 1024 or tokens in (1024, 4096) else format_count(tokens)
+
+
+def _millions(count: int | None) -> str:
+    return NOT_AVAILABLE if count is None else f"{count / 1e6:.1f} M"
 
 
 def _three(value: float | None) -> str:

@@ -1,18 +1,40 @@
 """What a profile says in plain sentences: the same on the terminal and in the HTML page."""
 
+from collections.abc import Callable
+
 from plphp_cli.profiling.records import (
     FASTER,
     FEW_PROMPTS,
     NO_DIFFERENCE,
     PRUNED,
+    STOCK,
     UNPRUNED,
     BoundRecord,
+    LayerProfile,
     ProfileRecord,
+    PromptProfile,
     RatioProfile,
 )
+from plphp_cli.profiling.records import ratio as ratio_of
 from plphp_cli.results import MIN_DECODE_STEPS
-from plphp_cli.units import format_bytes, format_count, format_number, format_percent, format_ratio
+from plphp_cli.units import (
+    NOT_AVAILABLE,
+    format_bytes,
+    format_count,
+    format_number,
+    format_percent,
+    format_ratio,
+)
 
+UNKNOWN = "-"
+# Figures whose names in the record are not what a reader calls them.
+FIGURES = {
+    "ttft": "TTFT",
+    "end_to_end": "end to end",
+    "kv": "KV held",
+    "kl_mean": "KL mean",
+    "top1_agreement": "top-1 agreement",
+}
 SHORT_ANSWER = 12
 
 
@@ -59,12 +81,67 @@ def remarks(record: ProfileRecord) -> list[str]:
     return found
 
 
-def difference(ratio: RatioProfile | None, compared: bool) -> str:
-    """A ratio with its interval and what may be said of it."""
-    if ratio is None:
-        return "not comparable" if compared else ""
-    shown = f"{format_ratio(ratio.median)} [{format_number(ratio.low)}, {format_number(ratio.high)}]"
-    return shown if ratio.verdict is None else f"{shown} {ratio.verdict}"
+def verdict(name: str, ratio: RatioProfile) -> str:
+    """What may be said of a ratio."""
+    if name == "kv":
+        return "exact"
+    return ratio.verdict or "too few pairs"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """`0.990 to 1.010`; N/A where there is none."""
+    return NOT_AVAILABLE if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def groups(layer: LayerProfile) -> str:
+    """The group of a layer; over prompts that disagree how many have which."""
+    if layer.group is not None:
+        return layer.group
+    return ", ".join(f"{count} {name}" for name, count in layer.groups.items()) or UNKNOWN
+
+
+def worst_first(record: ProfileRecord) -> list[PromptProfile]:
+    """The prompts by falling KL; those without one last, in their order."""
+
+    def rank(prompt: PromptProfile) -> tuple[bool, float]:
+        found = prompt.quality.kl_mean
+        return found is None, -(found or 0.0)
+
+    return sorted(record.prompts, key=rank)
+
+
+def worst_prompts(record: ProfileRecord) -> list[tuple[str, list[tuple[PromptProfile, str]]]]:
+    """By which figure, and the worst prompts with theirs."""
+    by_index = {prompt.index: prompt for prompt in record.prompts}
+    shows: dict[str, tuple[str, Callable[[PromptProfile], str]]] = {
+        "kl": ("largest KL", lambda p: f"{format_number(p.quality.kl_mean, 4)} nats"),
+        "decode": ("smallest decode ratio", lambda p: format_ratio(ratio_of(p.ratios, "decode"))),
+    }
+    return [
+        (shows[name][0], [(by_index[index], shows[name][1](by_index[index])) for index in found])
+        for name, found in record.worst.items()
+        if found
+    ]
+
+
+def capacity(record: ProfileRecord) -> str:
+    """What pruning adds to what fits in memory, in a sentence; empty where it is not known."""
+    bound = record.bound
+    found = {} if bound is None else bound.capacity
+    pruned, unpruned = found.get(PRUNED), found.get(UNPRUNED)
+    if pruned is None or unpruned is None or pruned.prompts is None or unpruned.prompts is None:
+        return ""
+    more = pruned.prompts - unpruned.prompts
+    sentence = f"Pruned, {format_count(more)} more such prompts fit in memory than unpruned"
+    if not more:
+        sentence = "Pruned, as many such prompts fit in memory as unpruned"
+    ended = sorted({c.images_limit for c in (pruned, unpruned) if c.images_limit})
+    return sentence + (f"; what ends the images of one prompt: {', '.join(ended)}." if ended else ".")
+
+
+def plural(count: int, what: str) -> str:
+    """`1 repeat`, `9 repeats`."""
+    return f"{format_count(count)} {what}{'' if count == 1 else 's'}"
 
 
 def control(ratio: RatioProfile | None) -> str:
@@ -92,9 +169,14 @@ def _beaten(bound: BoundRecord) -> str:
 
 
 def _memory(record: ProfileRecord) -> str:
-    kv, pruned = record.ratios.get("kv"), record.arms.pruned
+    kv, pruned, unpruned = record.ratios.get("kv"), record.arms.pruned, record.arms.unpruned
     full = sum(layer.kv_bytes_full or 0 for layer in record.layers)
     held = pruned.kv_bytes_held if pruned is not None else None
+    if held is None and unpruned is not None and unpruned.kv_bytes_held is not None:
+        return (
+            f"What pruning holds was not measured; unpruned, a prompt's KV cache holds "
+            f"{format_bytes(unpruned.kv_bytes_held)}."
+        )
     if held is None or not full:
         return "The cache was not measured."
     share = kv.median if kv is not None else held / full
@@ -112,6 +194,12 @@ def _speed(record: ProfileRecord) -> str:
     decode = record.ratios.get("decode")
     if decode is None:
         return "Decode speed could not be compared."
+    if decode.low is None or decode.high is None:
+        pairs = plural(len(decode.samples), "pair")
+        return (
+            f"Decoding at {format_ratio(decode.median)} the unpruned speed: {pairs} of samples are too few "
+            "for a verdict."
+        )
     interval = (
         f"{format_ratio(decode.median)}, interval {format_ratio(decode.low)} to {format_ratio(decode.high)}"
     )
@@ -128,9 +216,30 @@ def _quality(record: ProfileRecord) -> str:
     if record.arms.unpruned is None:
         return ""
     if quality.kl_mean is None:
-        return "The cost in quality could not be judged: the answer has no second token."
+        return f"The cost in quality could not be judged: {_why_not_judged(record)}."
     return (
-        f"Cost in quality along the unpruned answer: KL {quality.kl_mean:.4f} nats a token (p95 "
-        f"{format_number(quality.kl_p95, 4)}, max {format_number(quality.kl_max, 4)}), top-1 agreement "
+        f"Cost in quality along the unpruned answer: KL {divergence(record)}, top-1 agreement "
         f"{format_percent(quality.top1_agreement)}."
     )
+
+
+def divergence(record: ProfileRecord) -> str:
+    """The KL's mean, or over several prompts both means by name, its p95 and its largest."""
+    quality = record.quality
+    tails = f"p95 {format_number(quality.kl_p95, 4)}, max {format_number(quality.kl_max, 4)}"
+    mean = f"{format_number(quality.kl_mean, 4)} nats a token"
+    if len(record.prompts) > 1:
+        mean += f" as the mean of tokens, {format_number(quality.kl_mean_over_prompts, 4)} as that of prompts"
+    return f"{mean} ({tails})"
+
+
+def _why_not_judged(record: ProfileRecord) -> str:
+    failed = [name for name, arm in record.arms.items() if arm.failed is not None and name != STOCK]
+    if failed:
+        return f"the {' and the '.join(failed)} arm failed"
+    tokens = record.quality.answer_tokens
+    if tokens is None:
+        return "the answer was not compared"
+    if tokens > len(record.prompts):
+        return "the model's logits are not finite"
+    return "the answer has no second token"
