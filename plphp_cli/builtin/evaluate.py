@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from plphp_cli.attention import prune
-from plphp_cli.builtin.questions import LONG_ANSWER_TOKENS, QA, Group, ask, sample_group
+from plphp_cli.builtin.questions import DROPPED, LONG_ANSWER_TOKENS, QA, Group, ask, sample_group
 from plphp_cli.builtin.scenes import SIZE, Split, render
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import Prefilled, prefill
@@ -71,7 +71,10 @@ def draw_items(count: int, images: Sequence[int], seed: int, split: Split = "hel
     items = []
     for number in range(count):
         group = sample_group(rng, split, images[number % len(images)])
-        items.append(Item(group, ask(rng, group, 1, long_share=0.7)[0]))
+        (qa,) = ask(rng, group, 1, long_share=0.7)
+        while qa.kind in DROPPED:
+            (qa,) = ask(rng, group, 1, long_share=0.7)
+        items.append(Item(group, qa))
     return items
 
 

@@ -291,6 +291,9 @@ ACROSS: tuple[Callable[[random.Random, Sequence[Scene]], QA | None], ...] = (
     _each_count, _most, _which, _compare, _same_across,
 )  # fmt: skip
 
+DROPPED = ("most",)
+"""Kinds that stay about at chance: asked in training, which lives on many kinds, but not claimed or judged."""
+
 
 def change_of(before: Scene, after: Scene) -> str | None:
     """What one step leads from ``before`` to ``after``, or None if they do not differ by one step."""
