@@ -292,7 +292,7 @@ ACROSS: tuple[Callable[[random.Random, Sequence[Scene]], QA | None], ...] = (
 )  # fmt: skip
 
 DROPPED = ("most",)
-"""Kinds that stay about at chance: asked in training, which lives on many kinds, but not claimed or judged."""
+"""Kinds that stay about at chance: asked in training for variety, but neither claimed nor judged."""
 
 
 def change_of(before: Scene, after: Scene) -> str | None:

@@ -27,7 +27,7 @@ QUESTIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("wide.png",), ("enumerate", "shape", "count some")),
     (("turned.jpg",), ("caption", "exists", "size")),
     (("before.png", "after.png"), ("changed", "compare", "count each")),
-    (("set-1.png", "set-2.png", "set-3.png"), ("which", "compare", "most", "count", "color")),
+    (("set-1.png", "set-2.png", "set-3.png"), ("which", "compare", "count each", "count", "color")),
 )
 """Per set of images the kinds of question asked about it."""
 
