@@ -60,7 +60,9 @@ def format_number(value: float | None, digits: int = 2) -> str:
     """A plain number with `digits` decimals: `0.25`."""
     if (known := finite(value)) is None:
         return NOT_AVAILABLE
-    return f"{known:.{digits}f}"
+    text = f"{known:.{digits}f}"
+    # A tiny negative number is shown as zero, not as minus zero.
+    return text if float(text) else text.removeprefix("-")
 
 
 def format_count(count: int | None) -> str:

@@ -161,8 +161,11 @@ def test_chance_that_wins_is_named(line):
     (text,) = said(line, ablation(RANDOM, -0.02, -0.03, -0.01, counts=(0, 4), seeds=5, seed_sd=0.001))
     assert text.startswith("CHANCE WINS")
     assert "0.0200 nats [0.0100, 0.0300] LESS" in text
+    assert "indication only" not in text
     (text,) = said(line, ablation(RANDOM, 0.3, 0.2, 0.4, seeds=5, seed_sd=0.01))
     assert text.startswith("PLPHP beats chance")
+    few = replace(ablation(RANDOM, -0.02, -0.03, -0.01, seeds=5, seed_sd=0.001), prompts=3)
+    assert "3 prompts: indication only" in said(line, few)[0]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,8 @@ def test_chance_that_wins_is_named(line):
         # Certain over prompts, but no more than two draws of chance differ by.
         ablation(RANDOM, 0.01, 0.005, 0.03, seeds=5, seed_sd=0.02),
         ablation(RANDOM, 0.01, 0.005, 0.03, seeds=1, seed_sd=None),
+        # Certain, and nothing that anyone would notice.
+        ablation(RANDOM, -0.0001, -0.0002, -0.00005, seeds=5, seed_sd=0.00001),
     ],
 )
 def test_what_chance_could_have_done_beats_nothing(line, found):

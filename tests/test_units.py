@@ -87,3 +87,7 @@ def test_bytes_keep_their_size_and_never_print_a_full_unit(count):
 def test_seconds_keep_their_size(seconds):
     number, unit = units.format_seconds(seconds).split()
     assert math.isclose(float(number) * (0.001 if unit == "ms" else 1), seconds, rel_tol=0.06)
+
+
+def test_a_tiny_negative_number_is_not_minus_zero():
+    assert [units.format_number(value, 2) for value in (-0.001, 0.0, -0.01)] == ["0.00", "0.00", "-0.01"]

@@ -38,6 +38,8 @@ _LEVELS = {
 }
 # A verdict on chance takes more than the spread of two draws of it.
 _SEED_SPREADS = 2
+# Nats a token under which no difference is worth a word, however certain.
+_NEGLIGIBLE = 0.001
 
 
 def ours(record: SweepRecord) -> list[Point]:
@@ -170,12 +172,15 @@ def _level(one: Ablation) -> str:
     shown = _nats(kl)
     if kl.low is None or kl.high is None:
         return f"{what}: {shown} on the only prompt, which proves nothing; {where}."
-    if kl.low > 0:
-        return f"{what} saves {shown}; {where}."
-    if kl.high < 0:
-        return f"{what} does HARM here: {shown} more KL than without; {where}."
     if kl.low == kl.high == 0:
         return f"{what} changes nothing here."
+    if abs(kl.mean) < _NEGLIGIBLE:
+        return f"{what} makes no difference that matters: {shown}; {where}."
+    few = _few(one)
+    if kl.low > 0:
+        return f"{what} saves {shown}; {where}{few}."
+    if kl.high < 0:
+        return f"{what} does HARM here: {shown} more KL than without; {where}{few}."
     return f"{what} shows no difference that {one.prompts} prompts can tell: {shown}; {where}."
 
 
@@ -188,15 +193,20 @@ def _against_chance(one: Ablation) -> str:
     where = f"PLPHP is better in {one.plphp_better} of {_count(one.settings, 'setting')}"
     if kl.low is None or kl.high is None:
         return f"Against chance: {_nats(kl)} on the only prompt ({seeds}), which proves nothing; {where}."
-    certain = spread is not None and abs(kl.mean) > _SEED_SPREADS * spread
+    certain = spread is not None and abs(kl.mean) > max(_SEED_SPREADS * spread, _NEGLIGIBLE)
+    few = _few(one)
     if kl.low > 0 and certain:
-        return f"PLPHP beats chance: tokens drawn at random cost {_nats(kl)} more ({seeds}); {where}."
+        return f"PLPHP beats chance: tokens drawn at random cost {_nats(kl)} more ({seeds}); {where}{few}."
     if kl.high < 0 and certain:
         return (
             f"CHANCE WINS: tokens drawn at random cost {_nats(kl, -1)} LESS than PLPHP's choice ({seeds}); "
-            f"{where}. On this model and these prompts its scores say nothing of what matters."
+            f"{where}{few}. On this model and these prompts its scores do not tell what matters."
         )
     return f"PLPHP does not measurably beat chance here: {_nats(kl)} ({seeds}); {where}."
+
+
+def _few(one: Ablation) -> str:
+    return f" ({_count(one.prompts, 'prompt')}: indication only)" if one.prompts < FEW_PROMPTS else ""
 
 
 def _nats(interval: Interval, sign: int = 1) -> str:
