@@ -87,6 +87,29 @@ def test_a_worker_that_dies_costs_nothing_but_time(toy, questions, cluster, tmp_
         assert row.answer == one.answer
 
 
+def test_what_a_worker_had_done_of_a_prompt_is_kept_when_it_dies(
+    toy, questions, cluster, tmp_path, monkeypatch
+):
+    from plphp_cli.sweep import spread as module
+
+    class Eager(module._Worker):
+        flush_s = 0.0
+
+    monkeypatch.setattr(module, "_Worker", Eager)
+    request = request_of(toy, questions, tmp_path)
+    jobs = [Job(0, questions[0], request.grid.settings, request.max_new_tokens)]
+    portions = []
+    with contextlib.closing(spread(request, jobs, lambda: None)) as stream:
+        for portion in stream:
+            portions.append(portion)
+            if len(portions) == 1:
+                os.kill(int(next(iter(portion.worker))), signal.SIGKILL)
+    assert [len(portion.outcomes) for portion in portions[:1]] == [1]
+    assert [portion.last for portion in portions].count(True) == 1
+    settings = [row.setting for portion in portions for row in portion.outcomes]
+    assert sorted(map(repr, settings)) == sorted(map(repr, request.grid.settings))
+
+
 def test_the_session_writes_what_workers_measured(toy, questions, cluster, tmp_path):
     with SweepSession(request_of(toy, questions, tmp_path / "out")) as session:
         rows = rows_of(session)
@@ -114,6 +137,7 @@ def test_a_prompt_on_which_every_worker_dies_is_named(toy, questions, cluster, t
     class Doomed(module._Worker):
         def measure(self, job):
             os.kill(os.getpid(), signal.SIGKILL)
+            yield
 
     monkeypatch.setattr(module, "_Worker", Doomed)
     request = request_of(toy, questions, tmp_path)

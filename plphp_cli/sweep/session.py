@@ -167,15 +167,17 @@ class SweepSession:
         self._tell("starting workers")
         self._measuring = time.monotonic()
         with contextlib.closing(spread(self._request, self._jobs(), self._check)) as portions:
-            for done, portion in enumerate(portions, 1):
-                if done == 1:
+            done = 0
+            for number, portion in enumerate(portions):
+                done += portion.last
+                if number == 0:
                     # Until now workers started; from now on the pace is that of their work.
                     self._measuring, self._paced = time.monotonic(), -len(portion.outcomes)
                 self._tally.add(portion.tally)
                 self._environment.setdefault("workers", {}).update(portion.worker)
                 for outcome in portion.outcomes:
                     self._take(outcome)
-                self._tell(f"{done} prompts done by workers")
+                self._tell(f"{done} prompt{'s'[: done != 1]} done by workers")
 
     def _take(self, outcome: Row | Refused) -> None:
         """Keep a row, or drop the setting that could not be measured."""

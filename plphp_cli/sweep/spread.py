@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,31 @@ _STORE_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class Portion:
-    """What a worker made of one prompt: all its settings, what that took, and which worker it was."""
+    """What a worker made of a prompt since the last portion, what that took, and which worker it was.
+
+    `last` ends the prompt.
+    """
 
     outcomes: "tuple[Row | Refused, ...]"
     tally: Tally
     worker: dict[str, Any]
+    last: bool
+
+
+@dataclass
+class _Task:
+    """A prompt that a worker has, the stream of its portions, and how many workers have had it."""
+
+    job: Job
+    tries: int
+    worker: Any
+    stream: Any
+
+    def without(self, portion: Portion) -> None:
+        """Leave out what is done: should the worker die, another need not measure it again."""
+        done = {outcome.setting for outcome in portion.outcomes}
+        left = tuple(setting for setting in self.job.settings if setting not in done)
+        self.job = dataclasses.replace(self.job, settings=left)
 
 
 def spread(
@@ -58,37 +79,41 @@ def spread(
     with _cluster(request) as make:
         waiting = deque((job, 1) for job in jobs)
         idle = [make() for _ in range(min(request.workers, len(jobs)))]
-        busy: dict[Any, tuple[Job, int, Any]] = {}
+        busy: list[_Task] = []
         while waiting or busy:
             while waiting and idle:
-                worker = idle.pop()
-                job, tries = waiting.popleft()
-                busy[worker.measure.remote(job)] = job, tries, worker
-            ready, _ = ray.wait(list(busy), timeout=LOOK_S)
+                worker, (job, tries) = idle.pop(), waiting.popleft()
+                stream = worker.measure.options(num_returns="streaming").remote(job)
+                busy.append(_Task(job, tries, worker, stream))
+            ready, _ = ray.wait([task.stream for task in busy], timeout=LOOK_S)
             check()
-            for reference in ready:
-                job, tries, worker = busy.pop(reference)
-                portion = _result(reference)
-                if portion is None and tries == TRIES:
+            for task in [task for task in busy if any(task.stream is stream for stream in ready)]:
+                portion = _next(task.stream)
+                if portion is not None:
+                    task.without(portion)
+                    yield portion
+                    if not portion.last:
+                        continue
+                busy.remove(task)
+                idle.append(make() if portion is None else task.worker)
+                if portion is None and task.tries == TRIES:
                     raise PLPHPError(
-                        f"prompt {job.index + 1} ended {TRIES} workers",
+                        f"prompt {task.job.index + 1} ended {TRIES} workers",
                         hint="out of memory? use fewer --workers; what was measured is kept: --resume",
                     )
                 if portion is None:
-                    waiting.append((job, tries + 1))
-                    idle.append(make())
-                    continue
-                idle.append(worker)
-                yield portion
+                    waiting.append((task.job, task.tries + 1))
 
 
-def _result(reference: Any) -> Portion | None:
-    """What a worker returned; None if it died. What it raised is raised here."""
+def _next(stream: Any) -> Portion | None:
+    """The next portion of a worker; None if it died. What it raised is raised here."""
     import ray
     from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
     try:
-        return ray.get(reference)
+        return ray.get(next(stream))
+    except StopIteration:
+        return None
     except (RayActorError, WorkerCrashedError, OutOfMemoryError):
         return None
     except RayTaskError as error:
@@ -99,16 +124,25 @@ def _result(reference: Any) -> Portion | None:
 class _Worker:
     """One model in one process. It is loaded with the first prompt: a failure is then an error like any."""
 
+    flush_s = 0.5
+
     def __init__(self, request: SweepRequest, expected: Identity, threads: int | None) -> None:
         self._request, self._expected, self._threads = request, expected, threads
         self._loaded: LoadedModel | None = None
 
-    def measure(self, job: Job) -> Portion:
-        """All settings of one prompt."""
+    def measure(self, job: Job) -> Iterator[Portion]:
+        """All settings of one prompt, handed over about every `flush_s` seconds."""
         loaded, tally = self._load(job), Tally()
+        worker = {str(os.getpid()): self._describe(loaded)}
+        done: list[Row | Refused] = []
+        since = time.monotonic()
         with contextlib.closing(measure_prompt(loaded, job, tally)) as outcomes:
-            done = tuple(outcomes)
-        return Portion(done, tally, {str(os.getpid()): self._describe(loaded)})
+            for outcome in outcomes:
+                done.append(outcome)
+                if time.monotonic() - since >= self.flush_s:
+                    yield Portion(tuple(done), tally.take(), worker, last=False)
+                    done, since = [], time.monotonic()
+        yield Portion(tuple(done), tally, worker, last=True)
 
     def _load(self, job: Job) -> "LoadedModel":
         if self._loaded is None:

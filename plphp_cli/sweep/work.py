@@ -4,7 +4,7 @@ At any moment there is one whole cache with its score rows, and one cut of it at
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +71,13 @@ class Tally:
         """Count another's too."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def take(self) -> "Tally":
+        """What was counted so far; counting begins anew."""
+        taken = replace(self)
+        for name, value in vars(Tally()).items():
+            setattr(self, name, value)
+        return taken
 
 
 def measure_prompt(loaded: "LoadedModel", job: Job, tally: Tally) -> Generator[Row | Refused, None, None]:
