@@ -248,7 +248,7 @@ def test_an_incomplete_model_is_refused(refusal: Refusal, toy: Path, image: str,
         (["--dtype", "int4"], "dtype 'int4'"),
         (["--attn", "fast"], "attention 'fast'"),
         (["--skip-layers", "7"], "skip_layers holds 7"),
-        (["--prompt", "<image> and <image>?"], "2 <image>, but 1 images"),
+        (["--prompt", "<image> and <image>?"], "2 <image>, but 1 image is given"),
     ],
 )
 def test_what_only_the_model_can_tell_is_refused_too(
