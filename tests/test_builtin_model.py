@@ -1,6 +1,7 @@
 """The shipped model: what the package promises of it."""
 
 import json
+import re
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -111,3 +112,9 @@ def test_the_card_tells_what_the_figures_file_holds():
     row = figures["exact_match"]["all"]
     cells = f"| all | {row['items']} | {row['unpruned']:.3f} | {row['plphp']:.3f} |"
     assert cells in card
+
+
+def test_what_ships_tells_no_place_on_the_machine_that_made_it():
+    for name in ("README.md", "evaluation.json", "plphp_config.json", "config.json"):
+        text = (BUILTIN_FOLDER / name).read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w./])/(home|mnt|opt|root|tmp|usr|var|work)/", text), name
