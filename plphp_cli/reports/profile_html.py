@@ -17,6 +17,7 @@ from plphp_cli.reports.profile_text import (
     standing,
     verdict,
 )
+from plphp_cli.reports.terminal import config_line
 from plphp_cli.units import (
     NOT_AVAILABLE,
     format_bytes,
@@ -58,9 +59,8 @@ def _style() -> str:
 
 def _head(record: ProfileRecord) -> list[str]:
     first, *rest = headline(record)
-    knobs = record.config
-    setting = f"r {knobs.r:g}, delta_r {knobs.delta_r:g}, alpha {knobs.alpha:.3g}, beta {knobs.beta:.3g}"
-    calibrated = ", calibrated" if knobs.calibrated else ""
+    setting = config_line(record.config)
+    calibrated = ", calibrated" if record.config.calibrated else ""
     subject = record.prompts[0].prompt if len(record.prompts) == 1 else f"{len(record.prompts)} prompts"
     return [
         f"<h1>plphp profile: {text(record.model)}</h1>",
@@ -207,8 +207,8 @@ def _ratios(record: ProfileRecord) -> list[str]:
     if not rows:
         return []
     note = (
-        "Above 1 favours pruning, but for kv. A difference is called only if the interval excludes 1, the "
-        "median is more than 2 % from 1 and lies outside the A/A interval, that of identical arms."
+        "Above 1 favours pruning, but for kv. A difference is called only if the interval excludes 1, a sign "
+        "test agrees, the median is more than 2 % from 1 and lies outside the A/A interval, that of identical arms."
     )
     heads = ["ratio", "verdict", "median", "95 % interval", "A/A interval"]
     return [
