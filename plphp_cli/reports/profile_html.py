@@ -208,7 +208,8 @@ def _ratios(record: ProfileRecord) -> list[str]:
         return []
     note = (
         "Above 1 favours pruning, but for kv. A difference is called only if the interval excludes 1, a sign "
-        "test agrees, the median is more than 2 % from 1 and lies outside the A/A interval, that of identical arms."
+        "test agrees, the median is more than 2 % from 1 and lies outside the A/A interval, that of "
+        "identical arms."
     )
     heads = ["ratio", "verdict", "median", "95 % interval", "A/A interval"]
     return [
