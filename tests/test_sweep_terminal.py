@@ -57,6 +57,12 @@ def test_no_line_is_wider_than_the_console(whole, line, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_the_baseline_has_its_whole_name(whole, line, width):
+    for record in (whole, line):
+        assert any(one.plain.split()[:1] == ["unpruned"] for one in sweep_report(record, width, False))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_the_front_shows_whole_figures_and_the_constrained_one_always(whole, width):
     lines = [one.plain for one in sweep_report(whole, width, False)]
     start = next(place for place, one in enumerate(lines) if "the fronts" in one)

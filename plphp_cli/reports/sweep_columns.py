@@ -38,15 +38,16 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and the cell of a point with the number of its equals."""
+    """A heading, the cell of a point with the number of its equals, and room for at least so much."""
 
     title: str
     cell: Callable[[Point, int], str]
+    least: int = 0
 
     def width(self, rows: Sequence[tuple[Point, int]]) -> int:
         """Cells that the column takes, the space before it included."""
         widest = max((len(self.cell(point, count)) for point, count in rows), default=0)
-        return max(len(self.title), widest) + 2
+        return max(len(self.title), widest, self.least) + 2
 
 
 def table(
@@ -83,7 +84,9 @@ def fitting(
     rows: Sequence[tuple[Point, int]], knobs: Sequence[str], constraint: Constraint, width: int
 ) -> list[Column]:
     """The columns that fit and have something to show."""
-    columns = [_knob(knob) for knob in knobs] + _figures(constraint)
+    # The baseline's name stands where the others have their knobs.
+    least = len(BASELINE) if len(knobs) == 1 else 0
+    columns = [_knob(knob, least) for knob in knobs] + _figures(constraint)
     columns = [c for c in columns if any(c.cell(point, count) for point, count in rows)]
     if all(point.accuracy is None for point, _ in rows):
         columns = [column for column in columns if column.title != "front"]
@@ -96,14 +99,14 @@ def fitting(
     return columns
 
 
-def _knob(knob: str) -> Column:
+def _knob(knob: str, least: int) -> Column:
     def cell(point: Point, count: int) -> str:
         config = point.setting.config
         if config is None:
             return ""
         return fit(Text(value(config, knob)), _WIDEST_KNOB).plain.rstrip()
 
-    return Column(_SHORT.get(knob, knob), cell)
+    return Column(_SHORT.get(knob, knob), cell, least)
 
 
 def _figures(constraint: Constraint) -> list[Column]:
