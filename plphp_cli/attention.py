@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from plphp_cli import families
-from plphp_cli.cache import PrunableLayer
+from plphp_cli.cache import PrunableLayer, cache_name, given_cache
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
@@ -122,7 +122,7 @@ class Pruner:
     def before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: a call with an empty cache is a prefill."""
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        cache = inputs.get("past_key_values")
+        cache = given_cache(inputs)
         prefill = cache is None or cache.get_seq_length() == 0
         forward = _Forward(threading.get_ident(), DynamicCache() if cache is None else cache)
         with self._lock:
@@ -143,7 +143,8 @@ class Pruner:
                 for kind, layer in zip(self._kinds, layers, strict=True)
             ]
             forward.cache.layer_class_to_replicate = None
-            inputs |= {"past_key_values": forward.cache, "use_cache": True}
+            inputs.pop("past_key_values", None)
+            inputs |= {cache_name(model): forward.cache, "use_cache": True}
         elif not any(isinstance(layer, PrunableLayer) for layer in forward.cache.layers):
             raise UnsupportedError(
                 "a non-empty past_key_values is not supported", hint="pass the whole prompt"

@@ -5,6 +5,8 @@ has room for. Bytes are those of keys and values together.
 """
 
 import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from plphp_cli.errors import UnsupportedError
+
+
+_NEW_NAME, _OLD_NAME = "cache", "past_key_values"
 
 
 def capacity_for(held: int, room: int | None) -> int:
@@ -154,6 +159,21 @@ class PrunableLayer(DynamicLayer):
         if needed > self._stored()[0].shape[2]:
             room = capacity_for(needed, None) - self.held
             self._buffers = _gathered(self.keys, None, room), _gathered(self.values, None, room)
+
+
+def cache_name(model: Any) -> str:
+    """What the model's forward calls its cache: `past_key_values` until transformers 5.23, then `cache`."""
+    return _NEW_NAME if _NEW_NAME in inspect.signature(model.forward).parameters else _OLD_NAME
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, by either name; None if there is none."""
+    return next((arguments[name] for name in (_NEW_NAME, _OLD_NAME) if arguments.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache that a forward or a generate call returned."""
+    return getattr(output, _NEW_NAME) if hasattr(output, _NEW_NAME) else getattr(output, _OLD_NAME)
 
 
 def layer_bytes(layer: Any) -> tuple[int, int]:

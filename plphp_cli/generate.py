@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from plphp_cli.attention import Pruner, prune
-from plphp_cli.cache import fork_cache
+from plphp_cli.cache import cache_name, cache_of, fork_cache
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UnsupportedError, UsageError
 from plphp_cli.prompt import Prompt
@@ -250,7 +250,7 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
     finally:
         pruner.room = pruner.image_tokens = None
     last = None if positions is None else positions[..., -1:]
-    return Prefilled(ids, output.past_key_values, output.logits[0, -1].float(), last, pruner.sequences[0])
+    return Prefilled(ids, cache_of(output), output.logits[0, -1].float(), last, pruner.sequences[0])
 
 
 @torch.no_grad()
@@ -270,7 +270,8 @@ def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **
         inputs["position_ids"] = positions
     if model._supports_logits_to_keep():
         inputs["logits_to_keep"] = 1 if inputs.get("is_first_iteration") else ids.shape[1]
-    arguments = model.prepare_inputs_for_generation(ids, past_key_values=cache, use_cache=True, **inputs)
+    inputs[cache_name(model)] = cache
+    arguments = model.prepare_inputs_for_generation(ids, use_cache=True, **inputs)
     return model(**arguments, return_dict=True)
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import (
 )
 
 from plphp_cli import families
+from plphp_cli.cache import given_cache
 from plphp_cli.errors import UnsupportedError
 from plphp_cli.vision import IMAGE_TOKEN_NAMES, image_token_id
 
@@ -101,7 +102,7 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         config: the generation config as `generate` merges it.
         arguments: the other keyword arguments of the call.
     """
-    past = arguments.get("past_key_values")
+    past = given_cache(arguments)
     refusals = [
         (config.num_beams not in (None, 1), "beam search (num_beams > 1)", "use num_beams=1"),
         (

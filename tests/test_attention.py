@@ -11,6 +11,7 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
+from plphp_cli.cache import cache_name, cache_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, ImageError, NestedPruneError, UnsupportedError
 from plphp_cli.generate import prefill
@@ -167,7 +168,8 @@ def test_a_prompt_without_images_is_not_cut(llava):
 def test_one_forward_call_is_a_prefill_of_its_own(llava):
     with prune(llava.model, CUT) as pruner, torch.no_grad():
         output = llava.model(llava.prompts[0]["input_ids"], llava.prompts[0]["pixel_values"])
-    assert output.past_key_values.layers[0].held < output.past_key_values.get_seq_length() == 47
+    cache = cache_of(output)
+    assert cache.layers[0].held < cache.get_seq_length() == 47
     assert pruner.layers[0].held_bytes < pruner.layers[0].full_bytes
 
 
@@ -196,8 +198,8 @@ def test_what_is_not_supported_is_refused_by_name(llava, options, named):
     ids = llava.prompts[0]["input_ids"]
     if options.get("past_key_values"):
         with torch.no_grad():
-            filled = llava.model(ids[:, :4], past_key_values=DynamicCache())
-        inputs["past_key_values"] = filled.past_key_values
+            filled = llava.model(ids[:, :4], **{cache_name(llava.model): DynamicCache()})
+        inputs["past_key_values"] = cache_of(filled)
     if options.get("assistant_model"):
         inputs["assistant_model"] = llava.model
     if options.get("attention_mask"):
@@ -225,9 +227,9 @@ def test_what_a_cut_cache_cannot_obey_is_refused_by_name(llava, options, named):
     first = llava.prompts[0]
     step = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "use_cache": True, **options}
     with prune(llava.model, CUT), torch.no_grad():
-        cache = llava.model(first["input_ids"], first["pixel_values"]).past_key_values
+        cache = cache_of(llava.model(first["input_ids"], first["pixel_values"]))
         with pytest.raises(UnsupportedError, match=named):
-            llava.model(**step, past_key_values=cache)
+            llava.model(**step, **{cache_name(llava.model): cache})
 
 
 def test_calling_a_part_of_the_model_is_refused(llava):

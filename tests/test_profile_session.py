@@ -8,6 +8,7 @@ import torch
 from profiles import ALL, TOKENS, profiled, request
 
 from plphp_cli import models
+from plphp_cli.cache import given_cache
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import PLPHPError
 from plphp_cli.profiling.layers import check_bytes
@@ -34,7 +35,7 @@ class Costs:
         decoder.register_forward_pre_hook(self._run, with_kwargs=True)
 
     def _run(self, decoder, args, kwargs):
-        cache, embeds = kwargs["past_key_values"], kwargs["inputs_embeds"]
+        cache, embeds = given_cache(kwargs), kwargs["inputs_embeds"]
         if embeds.shape[1] > 1:
             self.now += self._prefill
             return

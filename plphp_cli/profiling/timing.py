@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
+from plphp_cli.cache import cache_name, cache_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
 from plphp_cli.prompt import Prompt
@@ -133,7 +134,7 @@ class StockArm:
         watch = _Watch(self._timer)
         start = self._timer.now()
         output = generate_exactly(self._model, self._inputs, 1, watch, watch.processor)
-        self._cache = output.past_key_values
+        self._cache = cache_of(output)
         self.held_bytes, self.allocated_bytes = _cache_bytes(self._cache)
         return PrefillSample(watch.logits[0] - start, watch.tokens[0] - start)
 
@@ -149,7 +150,7 @@ class StockArm:
             cache = None
         if cache is not None:
             inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
-            inputs["past_key_values"] = cache
+            inputs[cache_name(self._model)] = cache
         output = generate_exactly(self._model, inputs, self._new_tokens, watch, watch.processor)
         count = len(watch.tokens)
         return _sample(watch.tokens, output.sequences[0, -count:].tolist())
