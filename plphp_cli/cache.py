@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plphp_cli.errors import UnsupportedError
 
-
 _NEW_NAME, _OLD_NAME = "cache", "past_key_values"
 
 

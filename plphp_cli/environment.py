@@ -122,6 +122,9 @@ def _model(loaded: Any) -> dict[str, Any] | None:
         "revision": loaded.revision,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "attention": loaded.attn,
+        "quantize": loaded.options.quantize,
+        "device_map": loaded.options.device_map,
+        "processor_args": loaded.options.processor_args,
     }
 
 

@@ -22,8 +22,12 @@ FULL, SLIDING, LINEAR = "full", "sliding", "linear"
 _KINDS = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING, LinearAttentionLayer: LINEAR}
 
 
-def check_model(config: Any) -> families.Family:
+def check_model(config: Any, proven: bool = True) -> families.Family | None:
     """The family of a model, from its config alone; refused unless the invariants are proven on it.
+
+    Args:
+        config: the whole model's config.
+        proven: refuse what is not among the families proven; without it None is returned for those.
 
     Raises:
         UnsupportedError: the assumption that fails, in one sentence: how its layers attend and cache, which
@@ -38,7 +42,7 @@ def check_model(config: Any) -> families.Family:
             hint=f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config",
         )
     family = families.find(config.model_type)
-    if family is None:
+    if family is None and proven:
         raise UnsupportedError(
             f"model type {config.model_type} is not among those that pruning is proven to be right on",
             hint="`plphp models` lists them; in Python, `prune(model, ...)` tries it unproven",

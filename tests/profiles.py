@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED
 from plphp_cli.profiling.session import ProfileSession
 from plphp_cli.profiling.state import ProfileRequest, Question
@@ -21,7 +22,7 @@ def request(toy, images, **changes):
         config=PLPHPConfig(),
         arms=ALL,
         model=toy,
-        device="cpu",
+        options=LoadOptions(device="cpu"),
         repeats=MIN_PAIRS,
         max_new_tokens=TOKENS,
         command=("plphp", "profile"),

@@ -417,4 +417,5 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     names = "image prompt model config r delta-r alpha beta scope head-reduce skip-layers system max-pixels"
     names += " max-new-tokens temperature top-p seed no-baseline json force no-live debug dtype device attn"
+    names += " device-map quantize processor-arg offline trust-remote-code"
     assert all(re.search(rf"--{name}\b", out) for name in names.split())

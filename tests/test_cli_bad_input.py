@@ -284,7 +284,7 @@ def test_running_out_of_memory_says_what_to_try(
     # Torch's own refusal: an exbibyte is more than any machine gives.
     at_forward(1, lambda: torch.empty(1 << 60, dtype=torch.uint8))
     error = refusal("--image", image, "--prompt", "what?", "--model", toy, code=1, loads=True)
-    assert error.startswith("error: out of memory")
+    assert error.startswith("error: out of memory: 1024.00 PiB more were needed")
     assert "--max-pixels" in error
 
 

@@ -13,9 +13,15 @@ import plphp_cli
 from plphp_cli import environment as module
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.environment import command_line, environment
+from plphp_cli.models.options import DEFAULTS
 
 LOADED = SimpleNamespace(
-    name="builtin", revision=None, dtype=torch.bfloat16, device=torch.device("cpu"), attn="sdpa"
+    name="builtin",
+    revision=None,
+    dtype=torch.bfloat16,
+    device=torch.device("cpu"),
+    attn="sdpa",
+    options=DEFAULTS,
 )
 
 
@@ -30,7 +36,15 @@ def test_the_block_names_what_a_reader_needs():
     )
     assert block["tool"] == {"name": "plphp-cli", "version": plphp_cli.__version__}
     assert block["torch"] == torch.__version__
-    assert block["model"] == {"id": "builtin", "revision": None, "dtype": "bfloat16", "attention": "sdpa"}
+    assert block["model"] == {
+        "id": "builtin",
+        "revision": None,
+        "dtype": "bfloat16",
+        "attention": "sdpa",
+        "quantize": None,
+        "device_map": None,
+        "processor_args": {},
+    }
     assert block["device"]["type"] == "cpu"
     assert block["threads"] == torch.get_num_threads()
     assert block["cpu"]["logical_cores"] >= block["cpu"]["usable_cores"] >= 1

@@ -9,6 +9,7 @@ from families import as_prompt, load
 from profiles import CPU, TOKENS
 
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
 from plphp_cli.profiling.layers import head_overlap, image_shares
 from plphp_cli.profiling.machine import buffer_bytes, read_bandwidth
@@ -64,7 +65,7 @@ def test_stock_and_the_unpruned_arm_make_the_same_tokens(name):
 
 def test_a_fresh_process_measures_each_prompt_and_says_why_it_cannot(toy, images):
     prompts = (FreshPrompt(tuple(image.path for image in images), "what?"), FreshPrompt((), "what?"))
-    job = FreshJob(PRUNED, PLPHPConfig(), prompts, None, TOKENS, toy, "float32", "cpu", "sdpa")
+    job = FreshJob(PRUNED, PLPHPConfig(), prompts, None, TOKENS, toy, LoadOptions("float32", "cpu"))
     first, second = measure_fresh(job)
     assert first.failed is None
     assert first.peak_bytes == max(first.prefill_bytes, first.decode_bytes) > second.peak_bytes

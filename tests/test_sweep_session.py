@@ -12,6 +12,7 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, UsageError
 from plphp_cli.images import load_image
 from plphp_cli.models import load
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling.state import Question
 from plphp_cli.profiling.timing import DecodeSample
 from plphp_cli.reports.sweep_csv import sweep_csv
@@ -52,7 +53,7 @@ def request_of(toy, questions, tmp_path):
             constraint=Constraint("kl", 0.05),
             model=toy,
             out=tmp_path / "out",
-            device="cpu",
+            options=LoadOptions(device="cpu"),
             max_new_tokens=TOKENS,
             measure_speed=NONE,
             command=("plphp", "sweep"),

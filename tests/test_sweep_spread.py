@@ -12,6 +12,7 @@ from toy_model import save_toy_llava
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ModelError, UsageError
 from plphp_cli.images import load_image
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling.state import Question
 from plphp_cli.sweep.grid import expand
 from plphp_cli.sweep.records import Constraint
@@ -52,7 +53,13 @@ def cluster():
 
 
 def request_of(toy, questions, out, **changes):
-    options = {"workers": 2, "device": "cpu", "max_new_tokens": 8, "measure_speed": NONE, **changes}
+    options = {
+        "workers": 2,
+        "options": LoadOptions(device="cpu"),
+        "max_new_tokens": 8,
+        "measure_speed": NONE,
+        **changes,
+    }
     grid = expand(PLPHPConfig(alpha=0.6, beta=0.3), {"r": [0.2, 0.5]}, ["plphp", "uniform"])
     return SweepRequest(questions, grid, Constraint("kl", 0.05), options.pop("model", toy), out, **options)
 

@@ -18,6 +18,7 @@ from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.generate import advance, prefill
 from plphp_cli.images import load_image
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling import session as session_module
 from plphp_cli.profiling.answers import answer_with
 from plphp_cli.profiling.fresh import FreshPeaks
@@ -76,7 +77,7 @@ def test_rows_are_what_profile_reports(toy, loaded, questions, monkeypatch):
                 row.config,
                 ("pruned", "unpruned"),
                 toy,
-                device="cpu",
+                options=LoadOptions(device="cpu"),
                 repeats=1,
                 max_new_tokens=TOKENS,
             )

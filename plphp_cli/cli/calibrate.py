@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import print_lines, say, write_stdout
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.dataset import Example, read_examples
 from plphp_cli.errors import UsageError
 from plphp_cli.files import check_writable, write_text
 from plphp_cli.images import load_image
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.reports.calibration import calibration_report
 from plphp_cli.serialize import to_json
 
@@ -29,6 +31,7 @@ QuantilesOption = Annotated[
 ]
 
 
+@with_load_options
 def calibrate(
     out: OutOption,
     image: opt.ImageOption = None,
@@ -37,9 +40,7 @@ def calibrate(
     system: opt.SystemOption = None,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
-    dtype: opt.DtypeOption = "auto",
-    device: opt.DeviceOption = "auto",
-    attn: opt.AttnOption = "sdpa",
+    options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
     quantiles: QuantilesOption = None,
     r: opt.ROption = None,
@@ -73,13 +74,13 @@ def calibrate(
     )
     opt.check_generation(max_new_tokens, None, None, 0)
     pictures = [[load_image(path, max_pixels) for path in example.images] for example in examples]
-    opt.check_model(model)
+    check_model(model, options)
 
     from plphp_cli.calibration import calibrate as measure
     from plphp_cli.models import load, prepare
 
     say(f"loading {model}")
-    loaded = load(model, dtype=dtype, device=device, attn=attn)
+    loaded = load(model, options)
     prompts = [
         prepare(loaded, images, example.prompt, example.system)
         for images, example in zip(pictures, examples, strict=True)

@@ -61,15 +61,6 @@ MaxPixelsOption = Annotated[
 ModelOption = Annotated[
     str, typer.Option(metavar="NAME", help="builtin, a folder, or a hub id.", rich_help_panel=_MODEL)
 ]
-DtypeOption = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16.", rich_help_panel=_MODEL)
-]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=_MODEL)
-]
-AttnOption = Annotated[
-    str, typer.Option(metavar="NAME", help="Attention back-end: sdpa, eager.", rich_help_panel=_MODEL)
-]
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", metavar="FILE", help="Config that calibrate wrote.", rich_help_panel=_PRUNING),
@@ -310,16 +301,6 @@ def _read_stdin() -> str:
             f"the prompt from stdin is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}",
             hint="convert it, e.g. with iconv -t utf-8",
         ) from error
-
-
-def check_model(name: str) -> None:
-    """Refuse a model that is not there, or whose config says that it cannot be one, before torch is imported.
-
-    Raises what `models.load` raises for such names.
-    """
-    from plphp_cli.models.sources import locate, read_config_json
-
-    read_config_json(locate(name))
 
 
 def check_json_target(path: str | None, force: bool) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import (
     print_error,
     print_lines,
@@ -24,6 +25,7 @@ from plphp_cli.cli.output import (
 from plphp_cli.cli.questions import read_questions
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.files import check_writable
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.profiling.state import ProfileRequest
@@ -67,6 +69,7 @@ HtmlOption = Annotated[
 ]
 
 
+@with_load_options
 def profile(
     context: typer.Context,
     image: opt.ImageOption = None,
@@ -75,9 +78,7 @@ def profile(
     system: opt.SystemOption = None,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
-    dtype: opt.DtypeOption = "auto",
-    device: opt.DeviceOption = "auto",
-    attn: opt.AttnOption = "sdpa",
+    options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
     r: opt.ROption = None,
     delta_r: opt.DeltaROption = None,
@@ -115,14 +116,14 @@ def profile(
     )
     chosen, origin = opt.choose_config(model, config, knobs)
     say(f"config: {origin}: {config_line(chosen)}")
+    questions = read_questions(image, prompt, data, system, max_pixels)
+    check_model(model, options)
     request = ProfileRequest(
-        questions=read_questions(image, prompt, data, system, max_pixels),
+        questions=questions,
         config=chosen,
         arms=_arms(compare_baseline, compare_stock),
         model=model,
-        dtype=dtype,
-        device=device,
-        attn=attn,
+        options=options,
         max_pixels=max_pixels,
         repeats=repeats,
         warmup=warmup,

@@ -8,6 +8,7 @@ import typer
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import (
     Answer,
     live_is_possible,
@@ -22,10 +23,12 @@ from plphp_cli.cli.output import (
 from plphp_cli.cli.session import PRUNED, UNPRUNED, RunRequest, RunSession
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.images import load_image
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.reports.terminal import config_line, run_report
 from plphp_cli.results import to_json
 
 
+@with_load_options
 def run(
     context: typer.Context,
     image: opt.ImageOption = None,
@@ -34,9 +37,7 @@ def run(
     raw_prompt: opt.RawPromptOption = False,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
-    dtype: opt.DtypeOption = "auto",
-    device: opt.DeviceOption = "auto",
-    attn: opt.AttnOption = "sdpa",
+    options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
     r: opt.ROption = None,
     delta_r: opt.DeltaROption = None,
@@ -79,7 +80,7 @@ def run(
         if raw_prompt:
             raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
     shown = tuple(load_image(path, max_pixels) for path in image)
-    opt.check_model(model)
+    check_model(model, options)
     request = RunRequest(
         images=shown,
         prompt=text,
@@ -90,9 +91,7 @@ def run(
         config_origin=origin,
         generation=generation,
         baseline=not no_baseline,
-        dtype=dtype,
-        device=device,
-        attn=attn,
+        options=options,
         command=tuple(context.obj or sys.argv),
     )
     return execute(request, json_target=json, force=force, live=not no_live)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
 from plphp_cli.memory import MemorySampler, MemorySnapshot
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.reports.snapshot import DECODING, DONE, INTERRUPTED, PREFILL, ArmSnapshot, LiveSnapshot
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.results import (
@@ -43,9 +44,7 @@ class RunRequest:
     config_origin: str
     generation: GenerationRecord
     baseline: bool
-    dtype: str
-    device: str
-    attn: str
+    options: LoadOptions
     command: tuple[str, ...]
     raw_prompt: bool = False
 
@@ -107,7 +106,7 @@ class RunSession:
         from plphp_cli.models import load
 
         self._check()
-        loaded = load(request.model, dtype=request.dtype, device=request.device, attn=request.attn)
+        loaded = load(request.model, request.options)
         self._check()
         self._loaded = loaded
         self._prepare()

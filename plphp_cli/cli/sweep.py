@@ -15,6 +15,7 @@ from plphp_cli.cli import options as opt
 from plphp_cli.cli import sweep_options as own
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import (
     print_error,
     print_lines,
@@ -27,6 +28,7 @@ from plphp_cli.cli.output import (
 from plphp_cli.cli.questions import read_questions
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.state import Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
@@ -40,6 +42,7 @@ from plphp_cli.sweep.store import RESULTS, check_folder
 RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
 
 
+@with_load_options
 def sweep(
     context: typer.Context,
     image: opt.ImageOption = None,
@@ -48,9 +51,7 @@ def sweep(
     system: opt.SystemOption = None,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
-    dtype: opt.DtypeOption = "auto",
-    device: opt.DeviceOption = "auto",
-    attn: opt.AttnOption = "sdpa",
+    options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
     r: own.RValues = None,
     delta_r: own.DeltaRValues = None,
@@ -90,7 +91,7 @@ def sweep(
     grid = expand(base, {name: given or () for name, given in values}, method or (PLPHP,), seeds)
     folder = _folder(out)
     check_folder(folder, resume)
-    opt.check_model(model)
+    check_model(model, options)
     questions, grid = _each_once(read_questions(image, prompt, data, system, max_pixels), grid)
     _check_questions(questions, constraint)
     say(f"base config: {origin}: {config_line(base)}")
@@ -100,9 +101,7 @@ def sweep(
         constraint=constraint,
         model=model,
         out=folder,
-        dtype=dtype,
-        device=device,
-        attn=attn,
+        options=options,
         max_pixels=max_pixels,
         max_new_tokens=max_new_tokens,
         measure_speed=measure_speed,
@@ -261,13 +260,11 @@ def _model_words(request: SweepRequest) -> list[str]:
     """The words that give another command the same model, run in the same way."""
     typed = {
         "--model": (request.model, "builtin"),
-        "--dtype": (request.dtype, "auto"),
-        "--device": (request.device, "auto"),
-        "--attn": (request.attn, "sdpa"),
         "--max-pixels": (request.max_pixels, None),
         "--max-new-tokens": (request.max_new_tokens, 128),
     }
-    return [word for name, (value, usual) in typed.items() if value != usual for word in (name, str(value))]
+    words = [word for name, (value, usual) in typed.items() if value != usual for word in (name, str(value))]
+    return [*words, *request.options.words()]
 
 
 def _say_size(request: SweepRequest) -> None:

@@ -58,13 +58,33 @@ def choose_dtype(name: str, device: "torch.device", builtin: bool) -> Any:
     if name == "auto":
         # The built-in weights are stored in float16 to be small; CPUs are slow in it and less exact.
         return torch.float32 if builtin and device.type == "cpu" else "auto"
-    if (
-        name == "bfloat16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if name == "bfloat16" and _lacks_bfloat16(device):
         raise UsageError(f"device {device} does not compute in bfloat16", hint="use --dtype float16")
     return getattr(torch, name)
+
+
+def check_stored_dtype(config: Any, dtype: Any, device: "torch.device") -> None:
+    """Refuse a checkpoint in a dtype that the device cannot compute in, unless another was asked for.
+
+    Args:
+        config: the model's.
+        dtype: what `choose_dtype` gave.
+        device: that it is to run on.
+
+    Raises:
+        UsageError: the checkpoint is bfloat16, and so is not what the device computes in.
+    """
+    if dtype == "auto" and "bfloat16" in str(getattr(config, "dtype", None)) and _lacks_bfloat16(device):
+        raise UsageError(
+            f"the model is stored in bfloat16, in which device {device} does not compute",
+            hint="use --dtype float16, or --dtype float32",
+        )
+
+
+def _lacks_bfloat16(device: "torch.device") -> bool:
+    import torch
+
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_attention(name: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ class LoadedModel:
         attn: attention back-end, `sdpa` or `eager`.
         folder: where its files are.
         notes: what was chosen for the user, in words.
+        options: how it was loaded.
     """
 
     model: Any
@@ -40,6 +42,7 @@ class LoadedModel:
     attn: str = "sdpa"
     folder: Path | None = None
     notes: tuple[str, ...] = ()
+    options: LoadOptions = DEFAULTS
 
 
 def default_config(loaded: LoadedModel) -> PLPHPConfig:
@@ -55,20 +58,38 @@ def default_config(loaded: LoadedModel) -> PLPHPConfig:
 def decoder_weight_bytes(loaded: LoadedModel) -> int:
     """Weight bytes that one decoding step reads: decoder layers, final norm and output head, as stored.
 
-    The input embedding table is looked up and not read, so it counts only where it is tied to the output
-    head. Of a mixture of experts the active share counts.
+    Quantised weights count as they are packed, with their scales. The input embedding table is looked up and
+    not read, so it counts only where it is tied to the output head. Of a mixture of experts the active share
+    counts.
     """
     decoder = loaded.model.get_decoder()
     head = loaded.model.get_output_embeddings()
-    embedding = {id(weight) for weight in loaded.model.get_input_embeddings().parameters()}
+    embedding = {id(weight) for weight in _stored(loaded.model.get_input_embeddings()).values()}
     active = _active_expert_share(loaded.model.config.get_text_config(decoder=True))
+    # Kept while they are told apart by identity: packed parts are made anew each time they are asked for.
+    layers, output = _stored(decoder), _stored(head)
     sizes: dict[int, float] = {}
-    for name, weight in decoder.named_parameters():
+    for name, weight in layers.items():
         if id(weight) not in embedding:
             sizes[id(weight)] = weight.nbytes * (active if ".experts." in f".{name}" else 1)
-    if head is not None:
-        sizes |= {id(weight): weight.nbytes for weight in head.parameters()}
+    sizes |= {id(weight): weight.nbytes for weight in output.values()}
     return round(sum(sizes.values()))
+
+
+def model_bytes(loaded: LoadedModel) -> int:
+    """Bytes of all weights and buffers, as stored; quantised ones as they are packed, with their scales."""
+    held = [*_stored(loaded.model).values(), *loaded.model.buffers()]
+    return sum({id(tensor): tensor.nbytes for tensor in held}.values())
+
+
+def _stored(module: Any) -> dict[str, Any]:
+    """A module's weights by name, as they would be saved: shared ones are the same object."""
+    import torch
+
+    if module is None:
+        return {}
+    kept = module.state_dict(keep_vars=True)
+    return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
 
 def _active_expert_share(text_config: Any) -> float:

@@ -1,31 +1,41 @@
 """Load a vision-language model and its processor; every failure is one line that says what to do."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
-from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError
-from plphp_cli.models.choices import check_attention, choose_device, choose_dtype
+from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError, UsageError
+from plphp_cli.models.choices import check_attention, check_stored_dtype, choose_device, choose_dtype
+from plphp_cli.models.hub import offline
 from plphp_cli.models.loaded import LoadedModel
-from plphp_cli.models.sources import BUILTIN, Source, check_weights, complete, locate, read_config_json
+from plphp_cli.models.options import DEFAULTS, LoadOptions
+from plphp_cli.models.placing import check_packages, described, main_device, placement
+from plphp_cli.models.sources import (
+    BUILTIN,
+    Source,
+    complete,
+    fetch_code,
+    locate,
+    read_config_json,
+    weight_files,
+)
+from plphp_cli.models.weights import check_host_memory, needed_bytes
 from plphp_cli.units import format_bytes
 
 
-def load(
-    name: str = BUILTIN, *, dtype: str = "auto", device: str = "auto", attn: str = "sdpa"
-) -> LoadedModel:
+def load(name: str = BUILTIN, options: LoadOptions = DEFAULTS, **changes: Any) -> LoadedModel:
     """Load a model by name.
 
     Only transformers' own classes are used (`AutoModelForImageTextToText`, `AutoProcessor`), only safetensors
-    are read, and no code that comes with a model is run.
+    are read, and no code that comes with a model is run unless `trust_remote_code` says so.
 
     Args:
         name: `builtin`, a local folder, or a hub id with an optional `@revision`.
-        dtype: `auto` (the checkpoint's; float32 for the built-in model on a CPU), `float32`, `bfloat16` or
-            `float16`.
-        device: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
-        attn: attention back-end, `sdpa` or `eager`.
+        options: how to load it.
+        **changes: fields of `LoadOptions` by name, which go before `options`: `dtype="bfloat16"`.
 
     Raises:
         UsageError: an option is unknown or cannot be met on this machine.
@@ -34,23 +44,25 @@ def load(
         DeviceMemoryError: it does not fit.
         PLPHPError: the hub cannot be reached.
     """
-    source = locate(name)
-    config_json = read_config_json(source)
-    with quiet():
-        where = choose_device(device)
-        kind = choose_dtype(dtype, where, source.builtin)
-        check_attention(attn)
-        config = _config(source, config_json)
-    source = complete(source)
-    with quiet():
-        processor = _processor(source)
-        model = _model(source, config, kind, where, attn)
-    notes = []
-    if dtype == "auto":
-        reason = "the built-in model on a CPU" if kind != "auto" else "as the checkpoint is stored"
-        notes.append(f"dtype {_plain(model.dtype)} ({reason})")
-    if device == "auto":
-        notes.append(f"device {where} (the fastest here)")
+    options = dataclasses.replace(options, **changes)
+    options.check()
+    with offline(options.offline):
+        source = locate(name)
+        config_json = read_config_json(source)
+        with quiet():
+            where = choose_device(options.device)
+            kind = choose_dtype(options.dtype, where, source.builtin)
+            check_attention(options.attn)
+            check_packages(options, where)
+            config = read_config(source, config_json, options.trust_remote_code)
+            check_stored_dtype(config, kind, where)
+            place = placement(source.name, config, options, kind, where)
+        source = complete(source, options.trust_remote_code)
+        with quiet():
+            processor = _processor(source, options)
+            model = _model(source, config, kind, where, options, place)
+    if place:
+        where = main_device(model)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -59,10 +71,46 @@ def load(
         dtype=model.dtype,
         device=where,
         builtin=source.builtin,
-        attn=attn,
+        attn=options.attn,
         folder=source.folder,
-        notes=tuple(notes),
+        notes=_notes(model, config_json, kind, where, options),
+        options=options,
     )
+
+
+def fetch(name: str, options: LoadOptions = DEFAULTS) -> Source:
+    """Bring a model's files onto this machine, unless its config alone says that it cannot be used.
+
+    Args:
+        name: as for `load`.
+        options: of which `offline` and `trust_remote_code` matter here.
+
+    Raises what `load` raises of names, configs and the hub.
+    """
+    with offline(options.offline):
+        source = locate(name)
+        config_json = read_config_json(source)
+        with quiet():
+            read_config(source, config_json, options.trust_remote_code)
+        return complete(source, options.trust_remote_code)
+
+
+def _notes(
+    model: Any, config_json: dict[str, Any], kind: Any, where: Any, options: LoadOptions
+) -> tuple[str, ...]:
+    """What was chosen for the user, in words."""
+    notes = []
+    if options.dtype == "auto":
+        reason = "the built-in model on a CPU" if kind != "auto" else "as the checkpoint is stored"
+        notes.append(f"dtype {_plain(model.dtype)} ({reason})")
+    if options.device_map is not None:
+        spread = described(model)
+        notes.append(f"device map: {spread}" if spread else f"device map: all of it on {where}")
+    elif options.device == "auto":
+        notes.append(f"device {where} (the fastest here)")
+    if options.trust_remote_code and config_json.get("auto_map"):
+        notes.append("the model runs code of its own, on which pruning is not proven")
+    return tuple(notes)
 
 
 @contextlib.contextmanager
@@ -83,21 +131,63 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _config(source: Source, config_json: dict[str, Any]) -> Any:
-    """The model's config, after everything that a config alone can refuse."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def read_config(source: Source, config_json: dict[str, Any], trusted: bool = False) -> Any:
+    """The model's config, after everything that a config alone can refuse.
+
+    Args:
+        source: where `config.json` is.
+        config_json: what it holds.
+        trusted: whether code that the model brings may run.
+
+    Raises:
+        ModelError: its type is unknown or no image-text-to-text model, or the config is not valid.
+        UnsupportedError: its architecture cannot be pruned.
+        PLPHPError: the code that it brings cannot be fetched.
+    """
+    from transformers import AutoConfig
+
+    from plphp_cli.support import check_model
+
+    kind = config_json["model_type"]
+    own_code = config_json.get("auto_map") if trusted else None
+    if own_code:
+        if not isinstance(own_code, dict) or "AutoModelForImageTextToText" not in own_code:
+            raise ModelError(
+                f"the code that {source.name} brings offers no AutoModelForImageTextToText",
+                hint="such models are not run: name one that transformers knows as a vision-language model",
+            )
+        fetch_code(source)
+    else:
+        _check_type(source, kind, "auto_map" in config_json)
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=bool(own_code))
+    except Exception as error:
+        if own_code:
+            raise _own_code_fails(source, error) from error
+        raise ModelError(
+            f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
+            hint="fetch or save the model again",
+        ) from error
+    check_model(config, proven=not own_code)
+    return config
+
+
+def _check_type(source: Source, kind: str, brings_code: bool) -> None:
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    from plphp_cli.support import check_model
-
-    kind = config_json["model_type"]
     if kind not in CONFIG_MAPPING:
+        if brings_code:
+            raise ModelError(
+                f"{source.name}: transformers has no model type {kind!r}, and the model's code is not run",
+                hint="--trust-remote-code runs it with all your rights: read it first",
+            )
         raise ModelError(
             f"{source.name}: this version of transformers has no model type {kind!r}",
-            hint="models that bring their own code are not run; a newer transformers may know it",
+            hint="a newer transformers may know it",
         )
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -105,22 +195,20 @@ def _config(source: Source, config_json: dict[str, Any]) -> Any:
             f"{source.name} is {'a text-only' if text_only else 'not an image-text-to-text'} model ({kind})",
             hint="name a vision-language model, e.g. llava-hf/llava-1.5-7b-hf",
         )
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(
-            f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
-            hint="fetch or save the model again",
-        ) from error
-    check_model(config)
-    return config
 
 
-def _processor(source: Source) -> Any:
+def _own_code_fails(source: Source, error: BaseException) -> ModelError:
+    return ModelError(
+        f"the code that {source.name} brings fails: {first_line(error)}",
+        hint="it may need another version of transformers, or a package that its page names",
+    )
+
+
+def _processor(source: Source, options: LoadOptions) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:
         raise _processor_error(source, error) from error
     lacking = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
@@ -129,7 +217,21 @@ def _processor(source: Source) -> Any:
             f"{source.name} lacks its processor's files ({' and '.join(lacking).replace('_', ' ')})",
             hint="save the processor into the same folder: processor.save_pretrained(folder)",
         )
+    _check_processor_args(processor, options, source.name)
     return processor
+
+
+def _check_processor_args(processor: Any, options: LoadOptions, name: str) -> None:
+    """Refuse arguments that the image processor does not know, where it says which it knows."""
+    kinds = getattr(processor.image_processor, "valid_kwargs", None)
+    known = sorted(getattr(kinds, "__annotations__", ()))
+    for argument in options.processor_args if known else ():
+        if argument not in known:
+            close = get_close_matches(argument, known, n=1)
+            raise UsageError(
+                f"the image processor of {name} has no argument {argument!r}",
+                hint=f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}",
+            )
 
 
 def _processor_error(source: Source, error: BaseException) -> ModelError:
@@ -139,26 +241,37 @@ def _processor_error(source: Source, error: BaseException) -> ModelError:
             return ModelError(
                 f"the processor of {source.name} needs {package}", hint="pip install 'plphp-cli[vision]'"
             )
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"the processor of {source.name} is code that the model brings, which is not run",
+            hint="--trust-remote-code runs it with all your rights: read it first",
+        )
     return ModelError(
         f"the processor of {source.name} cannot be loaded: {first_line(error)}",
         hint="its files may be missing: save the processor into the same folder",
     )
 
 
-def _model(source: Source, config: Any, dtype: Any, device: Any, attn: str) -> Any:
-    from safetensors import SafetensorError
+def _model(
+    source: Source, config: Any, dtype: Any, device: Any, options: LoadOptions, place: dict[str, Any]
+) -> Any:
+    import torch
     from transformers import AutoModelForImageTextToText
 
-    size = check_weights(source)
+    files = weight_files(source)
+    needed = needed_bytes(files, source.name, dtype if isinstance(dtype, torch.dtype) and not place else None)
+    if device.type == "cpu" and not place:
+        check_host_memory(needed, source.name)
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attn,
+            attn_implementation=options.attn,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            **place,
         )
         absent = sorted(report["missing_keys"])
         if absent:
@@ -167,27 +280,60 @@ def _model(source: Source, config: Any, dtype: Any, device: Any, attn: str) -> A
                 f"such as {absent[0]}",
                 hint="config.json and the weights must come from the same model",
             )
-        return model.to(device).eval().requires_grad_(False)
+        return (model if place else model.to(device)).eval().requires_grad_(False)
     except PLPHPError:
         raise
-    except SafetensorError as error:
-        raise ModelError(
-            f"the weights of {source.name} are corrupted: {first_line(error)}", hint="fetch them again"
-        ) from error
     except Exception as error:
-        if is_out_of_memory(error):
-            raise DeviceMemoryError(
-                f"out of memory on {device} while loading {source.name} ({format_bytes(size)} of weights)",
-                hint="use --dtype bfloat16, another --device, or a smaller model",
-            ) from error
-        if "attn_implementation" in str(error):
-            raise UnsupportedError(
-                f"{source.name} does not run on the attention back-end {attn}", hint="use --attn eager"
-            ) from error
-        raise ModelError(
-            f"{source.name} cannot be loaded: {first_line(error)}",
+        raise _model_error(source, error, device, options, needed) from error
+
+
+def _model_error(
+    source: Source, error: Exception, device: Any, options: LoadOptions, needed: int
+) -> PLPHPError:
+    from safetensors import SafetensorError
+
+    name = source.name
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"the weights of {name} are corrupted: {first_line(error)}", hint="fetch them again"
+        )
+    if is_out_of_memory(error):
+        size = f"{format_bytes(needed)} of weights{_free(device)}"
+        return DeviceMemoryError(
+            f"out of memory on {device} while loading {name} ({size})",
+            hint="try --dtype bfloat16, --quantize 4bit, --device-map auto, or a smaller model",
+        )
+    text = "\n".join(str(part) for part in _chain(error))
+    if "attn_implementation" in str(error):
+        return UnsupportedError(
+            f"{name} does not run on the attention back-end {options.attn}", hint="use --attn eager"
+        )
+    if isinstance(error, ImportError) or "pip install" in text:
+        return ModelError(
+            f"the weights of {name} need a package that is missing: {first_line(error)}", hint="install it"
+        )
+    if "size mismatch" in text or "mismatched" in text.lower() or "ignore_mismatched_sizes" in text:
+        return ModelError(
+            f"the weights of {name} do not match its config: their shapes differ",
             hint="config.json and the weights must come from the same model",
-        ) from error
+        )
+    return ModelError(
+        f"{name} cannot be loaded: {first_line(error)}",
+        hint="config.json and the weights must come from the same model",
+    )
+
+
+def _free(device: Any) -> str:
+    """How much of a CUDA device is free, in words; nothing where that is not known."""
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return ""
+    return f"; {format_bytes(free)} of {format_bytes(total)} are free"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

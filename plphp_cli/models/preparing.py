@@ -128,10 +128,12 @@ def _process(
             return_dict=True,
             return_tensors="pt",
             sanitize_control_tokens=sanitize,
-            processor_kwargs={"return_text_replacement_offsets": True},
+            processor_kwargs={"return_text_replacement_offsets": True, **loaded.options.processor_args},
         )
     except Exception as error:
         hint = "remove special tokens from the text" if sanitize else "try another image size (--max-pixels)"
+        if loaded.options.processor_arg:
+            hint = f"check --processor-arg {' '.join(loaded.options.processor_arg)}"
         raise ImageError(
             f"the processor of {loaded.name} refuses the prompt: {first_line(error)}", hint=hint
         ) from error

@@ -1,6 +1,5 @@
 """What a model's name stands for: the built-in model, a local folder, or a repository of the hub."""
 
-import errno
 import json
 import re
 from collections.abc import Iterable
@@ -9,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from plphp_cli.errors import ModelError, PLPHPError
+from plphp_cli.errors import ModelError
+from plphp_cli.models.hub import fetch_file, fetch_files
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
@@ -18,6 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 # Files that a model or processor is made of, at the repository's root; weights in safetensors only.
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _UNWANTED = ("*/*", "consolidated*")
+_CODE = ("config.json", "*.py")
 _EXPECTED = "expected 'builtin', a folder, or a hub id like llava-hf/llava-1.5-7b-hf"
 
 
@@ -54,18 +55,36 @@ def locate(name: str) -> Source:
         raise ModelError(
             f"model {name} is a file", hint="name the folder that holds config.json and the weights"
         )
-    if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise _unknown(name)
     repository, _, revision = name.partition("@")
-    config = _from_hub(repository, revision or None, "config.json")
+    config = fetch_file(repository, revision or None, "config.json", _close(repository))
     return Source(repository, config.parent, config.parent.name)
 
 
-def complete(source: Source) -> Source:
-    """Fetch the rest of a hub model's files; other sources are returned as they are. Raises as `locate`."""
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be that of a hub model."""
+    usual = not name.startswith(("/", ".", "~")) and _HUB_ID.fullmatch(name) is not None
+    return usual and name != BUILTIN and not Path(name).exists()
+
+
+def complete(source: Source, with_code: bool = False) -> Source:
+    """Fetch the rest of a hub model's files; other sources are returned as they are. Raises as `locate`.
+
+    Args:
+        source: of which `config.json` is there.
+        with_code: fetch the code that the model brings, too.
+    """
     if source.revision is None:
         return source
-    return Source(source.name, _from_hub(source.name, source.revision, None), source.revision)
+    wanted = (*_WANTED, *_CODE) if with_code else _WANTED
+    return Source(source.name, fetch_files(source.name, source.revision, wanted, _UNWANTED), source.revision)
+
+
+def fetch_code(source: Source) -> None:
+    """Fetch the code that a hub model brings, before its weights. Raises as `locate`."""
+    if source.revision is not None:
+        fetch_files(source.name, source.revision, _CODE, _UNWANTED)
 
 
 def read_config_json(source: Source) -> dict[str, Any]:
@@ -93,8 +112,8 @@ def read_config_json(source: Source) -> dict[str, Any]:
     return config
 
 
-def check_weights(source: Source) -> int:
-    """Bytes of the model's weight files.
+def weight_files(source: Source) -> list[Path]:
+    """The model's weight files.
 
     Raises:
         ModelError: there are no safetensors weights, files are missing, or one only stands in for them.
@@ -118,19 +137,18 @@ def check_weights(source: Source) -> int:
             + (f" and {len(missing) - 1} more" if missing[1:] else ""),
             hint=hint if others else "fetch or copy the model again: it is incomplete",
         )
-    for file in files:
-        with file.open("rb") as opened:
-            if opened.read(8) == b"version ":
-                raise ModelError(
-                    f"{file.name} of {source.name} is a Git LFS pointer, not the weights",
-                    hint="run `git lfs pull` in the folder",
-                )
-    return sum(file.stat().st_size for file in files)
+    return files
 
 
 def _unknown(name: str) -> ModelError:
-    close = get_close_matches(name, _known_names(name), n=1, cutoff=0.6)
-    return ModelError(f"unknown model {name!r}", hint=f"did you mean {close[0]}?" if close else _EXPECTED)
+    return ModelError(f"unknown model {name!r}", hint=_close(name) or _EXPECTED)
+
+
+def _close(name: str) -> str | None:
+    """A question that names the known model most like `name`."""
+    known = [other for other in _known_names(name) if other != name]
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def _known_names(name: str) -> list[str]:
@@ -151,53 +169,3 @@ def cached_models() -> list[str]:
 
     folders = Path(constants.HF_HUB_CACHE).glob("models--*")
     return sorted(folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
-
-
-def _from_hub(repository: str, revision: str | None, file: str | None) -> Path:
-    """Fetch one file (its path) or, with `file` None, all that are wanted (their folder)."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
-
-    named = f"{repository}@{revision}" if revision else repository
-    try:
-        if file is not None:
-            return Path(hf_hub_download(repository, file, revision=revision))
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
-            )
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"model {repository} is gated: its owner asks you to accept terms",
-            hint=f"accept them on https://huggingface.co/{repository}, then run `hf auth login`",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        unknown = _unknown(repository)
-        raise ModelError(f"the hub has no model {repository} that you may see", hint=unknown.hint) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(
-            f"model {repository} has no revision {revision!r}", hint="check the tag, branch or commit"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        unknown = _unknown(repository)
-        raise PLPHPError(
-            f"model {named} is not in the local cache, and the hub cannot be reached",
-            hint=unknown.hint if unknown.hint != _EXPECTED else "check the network, or name a local folder",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise ModelError(f"model {named} has no {file}", hint="it is not a transformers model") from error
-    except errors.HFValidationError as error:
-        raise _unknown(repository) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise PLPHPError(
-                f"no space left to download {named}", hint="free some, or set HF_HOME"
-            ) from error
-        raise PLPHPError(
-            f"cannot fetch {named} from the hub: {_first_line(error)}", hint="check the network and try again"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,6 +16,7 @@ from typing import Any
 
 import plphp_cli
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling.records import PRUNED
 from plphp_cli.results import MemoryRecord
 
@@ -41,9 +42,7 @@ class FreshJob:
     max_pixels: int | None
     new_tokens: int
     model: str
-    dtype: str
-    device: str
-    attn: str
+    options: LoadOptions
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,12 @@ def _main() -> None:
     values = json.load(sys.stdin)
     prompts = tuple(FreshPrompt(tuple(p["images"]), p["prompt"], p["system"]) for p in values.pop("prompts"))
     config = PLPHPConfig.from_dict(values.pop("config"))
-    job = FreshJob(prompts=prompts, config=config, **values)
+    options = LoadOptions.from_dict(values.pop("options"))
+    job = FreshJob(prompts=prompts, config=config, options=options, **values)
 
     from plphp_cli.models import is_out_of_memory, load
 
-    loaded = load(job.model, dtype=job.dtype, device=job.device, attn=job.attn)
+    loaded = load(job.model, job.options)
     for prompt in job.prompts:
         try:
             peaks = _measure(loaded, job, prompt)

@@ -15,7 +15,15 @@ from plphp_cli.attention import prune
 from plphp_cli.environment import environment, sha256_of_text
 from plphp_cli.generate import Clock, prefill
 from plphp_cli.memory import known
-from plphp_cli.models import LoadedModel, decoder_weight_bytes, is_out_of_memory, load, prepare
+from plphp_cli.models import (
+    LoadedModel,
+    LoadOptions,
+    decoder_weight_bytes,
+    is_out_of_memory,
+    load,
+    model_bytes,
+    prepare,
+)
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.compose import compose
@@ -77,17 +85,14 @@ class ProfileSession:
         self._note_circumstances()
         self._note_machine()
         start = time.monotonic()
-        self._loaded = loaded = load(
-            request.model, dtype=request.dtype, device=request.device, attn=request.attn
-        )
+        self._loaded = loaded = load(request.model, request.options)
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)
         text = loaded.model.config.get_text_config(decoder=True)
-        tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
         self._figures = ModelFigures(
             weight_bytes=decoder_weight_bytes(loaded),
-            model_bytes=sum({t.data_ptr(): t.nbytes for t in tensors}.values()),
+            model_bytes=model_bytes(loaded),
             item_bytes=loaded.dtype.itemsize,
             query_heads=int(getattr(text, "num_attention_heads", 1)),
             kv_heads=int(getattr(text, "num_key_value_heads", None) or 0),
@@ -355,9 +360,7 @@ class ProfileSession:
             max_pixels=request.max_pixels,
             new_tokens=request.max_new_tokens,
             model=request.model,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.device),
-            attn=loaded.attn,
+            options=_settled(loaded),
         )
         with self._pace.piece("peaks", f"peak memory, {arm} arm in a fresh process"):
             found = measure_fresh(job)
@@ -371,3 +374,13 @@ class ProfileSession:
 def _of(state: PromptState) -> Prompt:
     assert state.prompt is not None
     return state.prompt
+
+
+def _settled(loaded: LoadedModel) -> LoadOptions:
+    """The options that load the same once more, with what `auto` chose; a device map chooses anew."""
+    options = loaded.options
+    if loaded.options.device_map is None:
+        options = dataclasses.replace(options, device=str(loaded.device))
+    if options.quantize is None:
+        options = dataclasses.replace(options, dtype=str(loaded.dtype).removeprefix("torch."))
+    return options

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.records import LayerProfile
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ class ProfileRequest:
     config: PLPHPConfig
     arms: tuple[str, ...]
     model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str = "sdpa"
+    options: LoadOptions = DEFAULTS
     max_pixels: int | None = None
     repeats: int = 9
     warmup: int = 1

@@ -1,13 +1,15 @@
 """What rows of two invocations must share to stand in one table: tool, model, and how it is run."""
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from plphp_cli import __version__
 from plphp_cli.models.choices import choose_device, choose_dtype
 from plphp_cli.models.loaded import CONFIG_NAME
-from plphp_cli.models.sources import Source, complete, locate
+from plphp_cli.models.loading import fetch
+from plphp_cli.models.sources import Source
 from plphp_cli.sweep.request import SweepRequest
 
 # Of larger files this much is read, in blocks spread over them: a model of other weights differs everywhere.
@@ -19,11 +21,12 @@ Identity = dict[str, str]
 
 def identity(request: SweepRequest) -> Identity:
     """Everything but the prompts and settings that a row depends on, in words to compare and to show."""
-    source = complete(locate(request.model))
+    options = request.options
+    source = fetch(request.model, options)
     # On a cluster the machines that run the model decide what `auto` is, not this one.
-    where, dtype = request.device, request.dtype
+    where, dtype = options.device, options.dtype
     if request.ray_address is None:
-        device = choose_device(request.device)
+        device = choose_device(options.device)
         where, dtype = device.type, str(choose_dtype(dtype, device, source.builtin)).removeprefix("torch.")
     return {
         "tool version": __version__,
@@ -31,7 +34,10 @@ def identity(request: SweepRequest) -> Identity:
         "model files": model_digest(source),
         "dtype": dtype,
         "device": where,
-        "attention back-end": request.attn,
+        "attention back-end": options.attn,
+        "quantisation": str(options.quantize),
+        "device map": str(options.device_map),
+        "processor arguments": json.dumps(options.processor_args, sort_keys=True),
         "max new tokens": str(request.max_new_tokens),
         "max pixels": str(request.max_pixels),
     }

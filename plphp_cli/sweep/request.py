@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.state import Question
 from plphp_cli.sweep.grid import Grid
 from plphp_cli.sweep.records import Constraint, Setting
@@ -36,9 +37,7 @@ class SweepRequest:
     constraint: Constraint
     model: str
     out: Path
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str = "sdpa"
+    options: LoadOptions = DEFAULTS
     max_pixels: int | None = None
     max_new_tokens: int = 128
     measure_speed: str = FRONT

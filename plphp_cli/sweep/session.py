@@ -147,7 +147,7 @@ class SweepSession:
         if self._loaded is None:
             request = self._request
             self._tell(f"loading {request.model}")
-            self._loaded = load(request.model, dtype=request.dtype, device=request.device, attn=request.attn)
+            self._loaded = load(request.model, request.options)
             check_settings(self._loaded, self._settings)
             self._check()
         return self._loaded

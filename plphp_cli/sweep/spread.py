@@ -157,7 +157,7 @@ class _Worker:
                 if found.get(what) != value:
                     raise UsageError(f"a worker has another {what}: {found.get(what)}, expected {value}")
             request = self._request
-            self._loaded = load(request.model, dtype=request.dtype, device=request.device, attn=request.attn)
+            self._loaded = load(request.model, request.options)
             check_settings(self._loaded, job.settings)
         return self._loaded
 
@@ -183,7 +183,7 @@ def _cluster(request: SweepRequest) -> Iterator[Callable[[], Any]]:
     if ours:
         _start(request)
     try:
-        on_gpu = request.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) > 0
+        on_gpu = request.options.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) > 0
         kind = "GPU" if on_gpu else "CPU"
         count = int(ray.cluster_resources().get(kind, 0))
         if count < request.workers:

@@ -1,0 +1,87 @@
+"""What weight files hold, read from their headers: whether they are whole, and the memory that they need."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plphp_cli.errors import DeviceMemoryError, ModelError
+from plphp_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+# A longer header is no header: safetensors' own limit.
+_MAX_HEADER = 100_000_000
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SMALLER = "use --dtype bfloat16, --quantize 4bit, or a smaller model"
+
+
+def needed_bytes(files: Iterable[Path], name: str, dtype: "torch.dtype | None" = None) -> int:
+    """Bytes that the weights take once they are loaded.
+
+    Args:
+        files: in safetensors.
+        name: of the model, for messages.
+        dtype: that floating point weights are loaded in; None for that of the files.
+
+    Raises:
+        ModelError: a file is not whole, or is no safetensors file.
+    """
+    total = 0
+    for file in files:
+        for kind, shape, stored in _tensors(file, name):
+            cast = dtype is not None and kind in _FLOATS
+            total += math.prod(shape) * dtype.itemsize if cast and dtype is not None else stored
+    return total
+
+
+def check_host_memory(needed: int, name: str) -> None:
+    """Refuse weights that the machine cannot hold: it would end the process without a word.
+
+    Raises:
+        DeviceMemoryError: they take more than the machine's memory and its swap space.
+    """
+    import psutil
+
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if needed > there:
+        raise DeviceMemoryError(
+            f"the weights of {name} take {format_bytes(needed)}; this machine has {format_bytes(there)}",
+            hint=_SMALLER,
+        )
+
+
+def _tensors(file: Path, name: str) -> Iterator[tuple[str, list[int], int]]:
+    """Kind, shape and stored bytes of each tensor. Raises `ModelError` if the file is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        if start == b"version ":
+            raise ModelError(
+                f"{file.name} of {name} is a Git LFS pointer, not the weights",
+                hint="run `git lfs pull` in the folder",
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(_MAX_HEADER, size):
+            raise _corrupted(file, name, f"{size} bytes without a header")
+        header = opened.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        found = [
+            (str(entry["dtype"]), list(map(int, entry["shape"])), entry["data_offsets"])
+            for entry in entries.values()
+        ]
+        end = max((int(offsets[1]) for _, _, offsets in found), default=0)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise _corrupted(file, name, "its header cannot be read") from error
+    if 8 + length + end != size:
+        raise _corrupted(file, name, f"it has {size} bytes, {8 + length + end} are expected")
+    for kind, shape, offsets in found:
+        yield kind, shape, int(offsets[1]) - int(offsets[0])
+
+
+def _corrupted(file: Path, name: str, why: str) -> ModelError:
+    return ModelError(f"the weights of {name} are corrupted: {file.name}: {why}", hint="fetch them again")

@@ -1,0 +1,212 @@
+"""What comes of a model's name when the hub is asked: a small server stands in the hub's place."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from hub_server import COMMITS, Hub, serving
+from PIL import Image
+from toy_model import save_toy_llava
+
+NAME = "some-org/toy-llava"
+# The hub's client waits between its tries, for half a minute in all.
+AT_ONCE = "import sys, time; time.sleep = lambda seconds: None;"
+COMMAND = AT_ONCE + "from plphp_cli.__main__ import main; main()"
+FETCH = AT_ONCE + "from plphp_cli.models.sources import *; print(complete(locate(sys.argv[1])).folder)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_llava(tmp_path_factory.mktemp("served") / "toy-llava")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return str(path)
+
+
+@pytest.fixture
+def hub(folder: Path):
+    with serving(Hub({NAME: folder})) as served:
+        yield served
+
+
+@pytest.fixture
+def plphp(hub: Hub, image: str, tmp_path: Path):
+    """`plphp run` as a user has it, with an empty cache and the hub's place taken."""
+
+    def run(*args: str, code: int = 0, before: tuple[str, ...] = (), **variables: str) -> str:
+        given = ["--image", image, "--prompt", "what?", "--max-new-tokens", "2", "--no-baseline"]
+        command = [*before, sys.executable, "-c", COMMAND, "run", *given, "--device", "cpu", *args]
+        done = ended(command, environment(hub, tmp_path) | variables)
+        assert done.returncode == code, done.stderr
+        assert code == 0 or done.stdout == ""
+        assert not {"Traceback", "Warning"} & set(done.stderr.replace(":", " ").split())
+        said = done.stderr.splitlines()
+        errors = [line for line in said if line.startswith("error: ")]
+        assert len(errors) == (code != 0)
+        # The error and its hint are the last that is said.
+        assert not code or len(said) - said.index(errors[0]) <= 2, done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
+def fetch(hub: Hub, tmp_path: Path):
+    """The files of a model, as every command fetches them, without importing torch."""
+
+    def run(name: str, **variables: str) -> str:
+        done = ended([sys.executable, "-c", FETCH, name], environment(hub, tmp_path) | variables)
+        return done.stdout or done.stderr.strip().splitlines()[-1]
+
+    return run
+
+
+def ended(command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    there = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hub"), "HF_HUB_OFFLINE": "0"}
+    package = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, **there, "PYTHONPATH": package, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def files_asked(hub: Hub) -> list[str]:
+    return [line.split()[1].rsplit("/", 1)[1] for line in hub.asked if line.startswith("GET some-org")]
+
+
+def test_a_model_is_fetched_once_and_then_runs_offline(hub: Hub, plphp, fetch) -> None:
+    assert f"fetching {NAME} from the hub, at {COMMITS['main']}" in plphp("--model", NAME)
+    assert files_asked(hub).count("model.safetensors") == 1
+    hub.asked.clear()
+    assert COMMITS["main"] in fetch(NAME)
+    assert files_asked(hub) == []
+    hub.asked.clear()
+    assert "fetching" not in plphp("--model", NAME, "--offline")
+    assert COMMITS["main"] in fetch(NAME, HF_HUB_OFFLINE="1")
+    assert hub.asked == []
+
+
+def test_a_revision_is_its_own_model(hub: Hub, plphp, fetch) -> None:
+    assert COMMITS["v1"] in fetch(f"{NAME}@v1")
+    assert "no revision 'v2'" in plphp("--model", f"{NAME}@v2", code=2)
+    # Only what was fetched is there.
+    hub.asked.clear()
+    assert COMMITS["v1"] in fetch(f"{NAME}@v1", HF_HUB_OFFLINE="1")
+    error = plphp("--model", NAME, "--offline", code=1)
+    assert "not in the local cache, and the hub is not asked (offline)" in error
+    assert "without --offline" in error
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected", "hint"),
+    [
+        ((403, "GatedRepo"), "is gated", "hf auth login"),
+        ((401, "GatedRepo"), "is gated", "accept them on https://huggingface.co/some-org/other"),
+        ((404, "RepoNotFound"), "the hub has no model some-org/other", "check the spelling"),
+        ((401, "RepoNotFound"), "the hub has no model some-org/other", "hf auth login"),
+    ],
+)
+def test_what_the_hub_does_not_give(hub: Hub, plphp, refusal, expected: str, hint: str) -> None:
+    hub.refusals["some-org/other"] = refusal
+    error = plphp("--model", "some-org/other", code=2)
+    assert expected in error
+    assert hint in error
+
+
+def test_a_misspelt_model_is_recognised_among_those_here(plphp, fetch) -> None:
+    fetch(NAME)
+    assert f"did you mean {NAME}?" in plphp("--model", "some-org/toy-lava", code=2)
+
+
+def test_what_is_no_vision_language_model_is_refused_before_its_weights(
+    hub: Hub, plphp, folder: Path, tmp_path: Path
+) -> None:
+    text, empty = tmp_path / "text", tmp_path / "empty"
+    shutil.copytree(folder, text)
+    (text / "config.json").write_text('{"model_type": "llama"}')
+    empty.mkdir()
+    (empty / "README.md").write_text("no model")
+    hub.folders |= {"some-org/text": text, "some-org/empty": empty}
+    assert "is a text-only model (llama)" in plphp("--model", "some-org/text", code=2)
+    assert "has no config.json" in plphp("--model", "some-org/empty", code=2)
+    assert "model.safetensors" not in files_asked(hub)
+
+
+def test_a_download_that_breaks_off_is_tried_again(hub: Hub, fetch, folder: Path) -> None:
+    hub.truncations["model.safetensors"] = 1
+    got = Path(fetch(NAME).strip()) / "model.safetensors"
+    assert got.read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert files_asked(hub).count("model.safetensors") == 2
+
+
+def test_a_download_that_never_ends_is_told_and_can_be_repeated(hub: Hub, plphp, fetch) -> None:
+    hub.broken.add("model.safetensors")
+    error = plphp("--model", NAME, code=1)
+    assert f"the download of {NAME}" in error
+    assert "broke off" in error
+    assert "repeat the command" in error
+    assert "only partly in the local cache" in plphp("--model", NAME, "--offline", code=1)
+    hub.broken.clear()
+    hub.asked.clear()
+    assert COMMITS["main"] in fetch(NAME)
+    assert files_asked(hub) == ["model.safetensors"]
+
+
+def test_a_hub_that_is_down_or_out_of_reach(hub: Hub, plphp, fetch) -> None:
+    hub.status = 503
+    assert "the hub cannot be reached" in plphp("--model", NAME, code=1)
+    error = plphp("--model", NAME, code=1, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the hub cannot be reached" in error
+    assert "check the network" in error
+    # What was fetched before needs no hub.
+    hub.status = None
+    assert COMMITS["main"] in fetch(NAME)
+    assert COMMITS["main"] in fetch(NAME, HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def test_a_full_disk(plphp, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs a disk of its own, which this machine does not let us make")
+    before = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    error = plphp("--model", NAME, code=1, before=before, HF_HOME=str(disk))
+    assert f"no space left to download {NAME}" in error
+    assert "HF_HOME" in error
+
+
+def test_progress_is_shown_on_a_terminal(hub: Hub, image: str, tmp_path: Path) -> None:
+    control, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, NAME],
+        env=environment(hub, tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        timeout=120,
+    )
+    os.close(terminal)
+    shown = ""
+    # The other end is closed: once all is read, there is an error on Linux, and nothing elsewhere.
+    with contextlib.suppress(OSError):
+        while piece := os.read(control, 1 << 16):
+            shown += piece.decode()
+    os.close(control)
+    assert done.returncode == 0, shown
+    assert COMMITS["main"] in done.stdout.decode()
+    assert "100%" in shown
