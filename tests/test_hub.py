@@ -45,9 +45,9 @@ def hub(folder: Path):
 def plphp(hub: Hub, image: str, tmp_path: Path):
     """`plphp run` as a user has it, with an empty cache and the hub's place taken."""
 
-    def run(*args: str, code: int = 0, before: tuple[str, ...] = (), **variables: str) -> str:
+    def run(*args: str, code: int = 0, **variables: str) -> str:
         given = ["--image", image, "--prompt", "what?", "--max-new-tokens", "2", "--no-baseline"]
-        command = [*before, sys.executable, "-c", COMMAND, "run", *given, "--device", "cpu", *args]
+        command = [sys.executable, "-c", COMMAND, "run", *given, "--device", "cpu", *args]
         done = ended(command, environment(hub, tmp_path) | variables)
         assert done.returncode == code, done.stderr
         assert code == 0 or done.stdout == ""
@@ -66,8 +66,8 @@ def plphp(hub: Hub, image: str, tmp_path: Path):
 def fetch(hub: Hub, tmp_path: Path):
     """The files of a model, as every command fetches them, without importing torch."""
 
-    def run(name: str, **variables: str) -> str:
-        done = ended([sys.executable, "-c", FETCH, name], environment(hub, tmp_path) | variables)
+    def run(name: str, before: tuple[str, ...] = (), **variables: str) -> str:
+        done = ended([*before, sys.executable, "-c", FETCH, name], environment(hub, tmp_path) | variables)
         return done.stdout or done.stderr.strip().splitlines()[-1]
 
     return run
@@ -159,7 +159,7 @@ def test_a_download_that_never_ends_is_told_and_can_be_repeated(hub: Hub, plphp,
     assert f"the download of {NAME}" in error
     assert "broke off" in error
     assert "repeat the command" in error
-    assert "only partly in the local cache" in plphp("--model", NAME, "--offline", code=1)
+    assert "only partly in the local cache" in fetch(NAME, HF_HUB_OFFLINE="1")
     hub.broken.clear()
     hub.asked.clear()
     assert COMMITS["main"] in fetch(NAME)
@@ -178,16 +178,15 @@ def test_a_hub_that_is_down_or_out_of_reach(hub: Hub, plphp, fetch) -> None:
     assert COMMITS["main"] in fetch(NAME, HF_ENDPOINT="http://127.0.0.1:9")
 
 
-def test_a_full_disk(plphp, tmp_path: Path) -> None:
+def test_a_full_disk(fetch, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=64k none {disk}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("needs a disk of its own, which this machine does not let us make")
     before = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
-    error = plphp("--model", NAME, code=1, before=before, HF_HOME=str(disk))
-    assert f"no space left to download {NAME}" in error
-    assert "HF_HOME" in error
+    error = fetch(NAME, before, HF_HOME=str(disk))
+    assert f"PLPHPError: no space left to download {NAME} into {disk}" in error
 
 
 def test_progress_is_shown_on_a_terminal(hub: Hub, image: str, tmp_path: Path) -> None:

@@ -78,7 +78,10 @@ def decoder_weight_bytes(loaded: LoadedModel) -> int:
 
 def model_bytes(loaded: LoadedModel) -> int:
     """Bytes of all weights and buffers, as stored; quantised ones as they are packed, with their scales."""
-    held = [*_stored(loaded.model).values(), *loaded.model.buffers()]
+    # Shared weights are one object, but not where accelerate keeps them elsewhere; the model knows which.
+    shared = getattr(loaded.model, "all_tied_weights_keys", None) or {}
+    stored = {name: tensor for name, tensor in _stored(loaded.model).items() if name not in shared}
+    held = [*stored.values(), *loaded.model.buffers()]
     return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 

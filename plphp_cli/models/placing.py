@@ -14,7 +14,7 @@ def check_packages(options: LoadOptions, device: "torch.device") -> None:
     """Refuse a device map or quantisation that this installation, or the device, cannot do.
 
     Raises:
-        UsageError: accelerate or bitsandbytes is missing, or bitsandbytes has nothing for the device.
+        UsageError: accelerate or bitsandbytes is missing, or the device is not CUDA.
     """
     if options.device_map is not None and find_spec("accelerate") is None:
         raise UsageError(
@@ -22,6 +22,11 @@ def check_packages(options: LoadOptions, device: "torch.device") -> None:
         )
     if options.quantize is None:
         return
+    if device.type != "cuda":
+        raise UsageError(
+            f"--quantize {options.quantize} needs CUDA, and this would run on {device}",
+            hint="leave out --quantize",
+        )
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -29,16 +34,12 @@ def check_packages(options: LoadOptions, device: "torch.device") -> None:
             hint="pip install 'plphp-cli[quantize]'",
         )
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except Exception as error:
         raise UsageError(
             f"bitsandbytes does not work here: {type(error).__name__}: {str(error).strip()[:200]}",
             hint="leave out --quantize, or install a bitsandbytes that suits this torch and its CUDA",
         ) from error
-    if device.type not in getattr(bitsandbytes, "supported_torch_devices", {"cuda"}):
-        raise UsageError(
-            f"bitsandbytes cannot quantise for device {device}", hint="leave out --quantize, or use CUDA"
-        )
 
 
 def stored_quantisation(config: Any) -> str | None:
@@ -64,7 +65,7 @@ def placement(
 
     Raises:
         UsageError: it is to be quantised, and is already.
-        ModelError: it is quantised, and accelerate is missing, which places such weights.
+        ModelError: it is quantised, in an unknown way, or accelerate is missing, which places such weights.
     """
     stored = stored_quantisation(config)
     arguments: dict[str, Any] = {}
@@ -78,6 +79,11 @@ def placement(
             raise UsageError(
                 f"the weights of {name} are quantised already ({stored})", hint="leave out --quantize"
             )
+        if not _is_known(stored):
+            raise ModelError(
+                f"the weights of {name} are quantised in a way that transformers does not know ({stored})",
+                hint="a newer transformers may know it",
+            )
         if find_spec("accelerate") is None:
             raise ModelError(
                 f"the weights of {name} are quantised ({stored}), and placing them needs accelerate",
@@ -86,6 +92,12 @@ def placement(
     if options.quantize is not None:
         arguments["quantization_config"] = _bitsandbytes(options.quantize, config, dtype)
     return arguments
+
+
+def _is_known(method: str) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    return any(known == method or known.startswith(f"{method}_") for known in KNOWN)
 
 
 def _bitsandbytes(bits: str, config: Any, dtype: Any) -> Any:
