@@ -67,12 +67,12 @@ def test_options_survive_a_journey_as_json() -> None:
     assert hash(OPTIONS) == hash(dataclasses.replace(OPTIONS))
 
 
-def test_options_as_words_give_the_same_options_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_as_words_give_the_same_options_again(monkeypatch: pytest.MonkeyPatch, images) -> None:
     assert LoadOptions().words() == []
     seen = []
     monkeypatch.setattr("plphp_cli.cli.run.check_model", lambda name, options: seen.append(options) or 1 / 0)
     every = dataclasses.replace(OPTIONS, attn="eager", trust_remote_code=True, offline=False)
-    given = ["run", "--image", "sample_images/shapes.png", "--prompt", "what?"]
+    given = ["run", "--image", images[0].path, "--prompt", "what?"]
     for options in (LoadOptions(), every, LoadOptions(device_map="auto")):
         main([*given, *options.words()])
         assert seen.pop() == options
@@ -95,9 +95,11 @@ def test_options_that_cannot_be(toy: str, options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "profile", "sweep", "calibrate"])
-def test_every_command_takes_them_and_refuses_before_the_work(command: str, capsys, tmp_path: Path) -> None:
+def test_every_command_takes_them_and_refuses_before_the_work(
+    command: str, capsys, images, tmp_path: Path
+) -> None:
     out = ["--out", str(tmp_path / "out")] if command in ("sweep", "calibrate") else []
-    given = ["--image", "sample_images/shapes.png", "--prompt", "what?", *out]
+    given = ["--image", images[0].path, "--prompt", "what?", *out]
     assert main([command, *given, "--processor-arg", "size"]) == 2
     assert "'size'; expected KEY=VALUE" in capsys.readouterr().err
     assert main([command, *given, "--quantize", "3bit"]) == 2
