@@ -125,6 +125,7 @@ def _model(loaded: Any) -> dict[str, Any] | None:
         "quantize": loaded.options.quantize,
         "device_map": loaded.options.device_map,
         "processor_args": loaded.options.processor_args,
+        "trust_remote_code": loaded.options.trust_remote_code,
     }
 
 

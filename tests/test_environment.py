@@ -44,6 +44,7 @@ def test_the_block_names_what_a_reader_needs():
         "quantize": None,
         "device_map": None,
         "processor_args": {},
+        "trust_remote_code": False,
     }
     assert block["device"]["type"] == "cpu"
     assert block["threads"] == torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import shutil
@@ -186,7 +187,7 @@ def test_a_full_disk(fetch, tmp_path: Path) -> None:
         pytest.skip("needs a disk of its own, which this machine does not let us make")
     before = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
     error = fetch(NAME, before, HF_HOME=str(disk))
-    assert f"PLPHPError: no space left to download {NAME} into {disk}" in error
+    assert f"PLPHPError: no space left to download {NAME} into {disk}" in error, error
 
 
 def test_progress_is_shown_on_a_terminal(hub: Hub, image: str, tmp_path: Path) -> None:
@@ -209,3 +210,23 @@ def test_progress_is_shown_on_a_terminal(hub: Hub, image: str, tmp_path: Path) -
     assert done.returncode == 0, shown
     assert COMMITS["main"] in done.stdout.decode()
     assert "100%" in shown
+
+
+def test_code_is_fetched_only_where_it_is_trusted_and_before_the_weights(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
+    (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (own / "own.py").write_text("1 / 0\n")
+    hub.folders["some-org/own"] = own
+    code = "import sys; from plphp_cli import models; from plphp_cli.errors import ModelError\n"
+    code += "for trusted in (False, True):\n"
+    code += "    try:\n        models.fetch('some-org/own', models.LoadOptions(trust_remote_code=trusted))\n"
+    code += "    except ModelError as error:\n        print(error)\n"
+    done = ended([sys.executable, "-c", code], environment(hub, tmp_path))
+    refused, failed = done.stdout.splitlines()
+    assert "no model type 'own', and the model's code is not run" in refused
+    assert "the code that some-org/own brings fails: division by zero" in failed
+    assert files_asked(hub) == ["config.json", "own.py"]

@@ -298,7 +298,7 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     loaded = models.load(str(own_code), device="cpu", trust_remote_code=True)
     assert (own_code / "trace").read_text() == "it ran"
     assert type(loaded.model).__name__ == "OwnModel"
-    assert any("pruning is not proven" in note for note in loaded.notes)
+    assert any("pruning is not proven" in warning for warning in loaded.warnings)
     assert answer(loaded, images) == answer(models.load(toy, device="cpu"), images)
 
 

@@ -81,6 +81,8 @@ def calibrate(
 
     say(f"loading {model}")
     loaded = load(model, options)
+    for note in loaded.warnings:
+        say(f"note: {note}")
     prompts = [
         prepare(loaded, images, example.prompt, example.system)
         for images, example in zip(pictures, examples, strict=True)

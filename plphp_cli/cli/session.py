@@ -118,7 +118,7 @@ class RunSession:
             f"{loaded.name} ({dtype}, {loaded.device}, {loaded.attn}), {images} image{'s'[: images != 1]}, "
             f"{prompt.prompt_tokens} tokens, {prompt.vision_tokens} vision"
         )
-        for note in prompt.notes:
+        for note in (*loaded.warnings, *prompt.notes):
             self._say(f"note: {note}")
         self._say(what)
         self._view = replace(
@@ -201,7 +201,11 @@ class RunSession:
             ),
             ratios=run_ratios(pruned, compared),
             bound=self._bound(pruned),
-            notes=(*(() if prompt is None else prompt.notes), *notes),
+            notes=(
+                *(() if loaded is None else loaded.warnings),
+                *(() if prompt is None else prompt.notes),
+                *notes,
+            ),
             interrupted=interrupted,
         )
 

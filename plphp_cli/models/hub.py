@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from plphp_cli.errors import ModelError, PLPHPError
 
 OFFLINE = "HF_HUB_OFFLINE"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -91,6 +93,8 @@ def fetch_files(
                 revision=revision,
                 allow_patterns=list(wanted),
                 ignore_patterns=list(unwanted),
+                # Said once more: some versions ask for a commit's list of files even so.
+                local_files_only=is_offline(),
                 tqdm_class=_bar(),
             )
         )
@@ -134,7 +138,8 @@ def _explained(
 ) -> PLPHPError:
     from huggingface_hub import errors
 
-    named = f"{repository}@{revision}" if revision else repository
+    # A commit is what a tag or the default branch stood for: not what the user typed.
+    named = repository if revision is None or _COMMIT.fullmatch(revision) else f"{repository}@{revision}"
     if isinstance(error, errors.GatedRepoError):
         return ModelError(
             f"model {repository} is gated: its owner asks you to accept terms",

@@ -30,6 +30,7 @@ class LoadedModel:
         folder: where its files are.
         notes: what was chosen for the user, in words.
         options: how it was loaded.
+        warnings: what a reader of figures must know of how it is run.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class LoadedModel:
     folder: Path | None = None
     notes: tuple[str, ...] = ()
     options: LoadOptions = DEFAULTS
+    warnings: tuple[str, ...] = ()
 
 
 def default_config(loaded: LoadedModel) -> PLPHPConfig:

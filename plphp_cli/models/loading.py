@@ -73,7 +73,8 @@ def load(name: str = BUILTIN, options: LoadOptions = DEFAULTS, **changes: Any) -
         builtin=source.builtin,
         attn=options.attn,
         folder=source.folder,
-        notes=_notes(model, config_json, kind, where, options),
+        notes=_notes(model, kind, where, options),
+        warnings=_warnings(model, config_json, options),
         options=options,
     )
 
@@ -95,22 +96,27 @@ def fetch(name: str, options: LoadOptions = DEFAULTS) -> Source:
         return complete(source, options.trust_remote_code)
 
 
-def _notes(
-    model: Any, config_json: dict[str, Any], kind: Any, where: Any, options: LoadOptions
-) -> tuple[str, ...]:
+def _notes(model: Any, kind: Any, where: Any, options: LoadOptions) -> tuple[str, ...]:
     """What was chosen for the user, in words."""
     notes = []
     if options.dtype == "auto":
         reason = "the built-in model on a CPU" if kind != "auto" else "as the checkpoint is stored"
         notes.append(f"dtype {_plain(model.dtype)} ({reason})")
     if options.device_map is not None:
-        spread = described(model)
-        notes.append(f"device map: {spread}" if spread else f"device map: all of it on {where}")
+        notes.append(f"device map: {described(model) or f'all of it on {where}'}")
     elif options.device == "auto":
         notes.append(f"device {where} (the fastest here)")
-    if options.trust_remote_code and config_json.get("auto_map"):
-        notes.append("the model runs code of its own, on which pruning is not proven")
     return tuple(notes)
+
+
+def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> tuple[str, ...]:
+    """What a reader of figures must know of how the model is run."""
+    found = []
+    if spread := described(model):
+        found.append(f"the model is spread: {spread}")
+    if options.trust_remote_code and config_json.get("auto_map"):
+        found.append("the model runs code of its own, on which pruning is not proven")
+    return tuple(found)
 
 
 @contextlib.contextmanager
@@ -204,7 +210,7 @@ def _own_code_fails(source: Source, error: BaseException) -> ModelError:
     )
 
 
-def _processor(source: Source, options: LoadOptions) -> Any:
+def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
     from transformers import AutoProcessor
 
     try:

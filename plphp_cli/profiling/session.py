@@ -86,6 +86,7 @@ class ProfileSession:
         self._note_machine()
         start = time.monotonic()
         self._loaded = loaded = load(request.model, request.options)
+        self._warnings.extend(loaded.warnings)
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)

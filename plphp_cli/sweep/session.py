@@ -148,6 +148,7 @@ class SweepSession:
             request = self._request
             self._tell(f"loading {request.model}")
             self._loaded = load(request.model, request.options)
+            self._warnings.extend(self._loaded.warnings)
             check_settings(self._loaded, self._settings)
             self._check()
         return self._loaded
