@@ -100,6 +100,27 @@ def test_a_model_is_fetched_once_and_then_runs_offline(hub: Hub, plphp, fetch) -
     assert hub.asked == []
 
 
+def test_offline_holds_in_a_program_that_has_asked_the_hub_before(hub: Hub, fetch, tmp_path: Path) -> None:
+    code = "from plphp_cli import models; from plphp_cli.errors import PLPHPError; import os\n"
+    code += f"models.fetch({NAME!r}, models.LoadOptions(offline=False)); print('there')\n"
+    code += f"models.fetch({NAME!r}, models.LoadOptions(offline=True))\n"
+    code += "try:\n    models.fetch('some-org/other', models.LoadOptions(offline=True))\n"
+    code += "except PLPHPError as error:\n    print(error)\n"
+    code += "try:\n    models.fetch('some-org/another')\n"
+    code += "except PLPHPError as error:\n    print(error)\n"
+    done = ended([sys.executable, "-c", code], environment(hub, tmp_path))
+    there, other, another = done.stdout.splitlines()
+    assert there == "there"
+    assert "the hub is not asked" in other
+    # Only for that one call.
+    assert "the hub has no model some-org/another" in another
+    asked = [
+        line for line in hub.asked if NAME in line and "HEAD" in line and line.endswith("/main/config.json")
+    ]
+    assert len(asked) == 1
+    assert not any("some-org/other" in line for line in hub.asked)
+
+
 def test_a_revision_is_its_own_model(hub: Hub, plphp, fetch) -> None:
     assert COMMITS["v1"] in fetch(f"{NAME}@v1")
     assert "no revision 'v2'" in plphp("--model", f"{NAME}@v2", code=2)
@@ -221,12 +242,20 @@ def test_code_is_fetched_only_where_it_is_trusted_and_before_the_weights(
     (own / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
     (own / "own.py").write_text("1 / 0\n")
     hub.folders["some-org/own"] = own
+    # Code beside a model that needs none.
+    known = Path(shutil.copytree(folder, tmp_path / "known"))
+    (known / "own.py").write_text("1 / 0\n")
+    hub.folders["some-org/known"] = known
     code = "import sys; from plphp_cli import models; from plphp_cli.errors import ModelError\n"
     code += "for trusted in (False, True):\n"
     code += "    try:\n        models.fetch('some-org/own', models.LoadOptions(trust_remote_code=trusted))\n"
     code += "    except ModelError as error:\n        print(error)\n"
+    code += "models.fetch('some-org/known')\n"
     done = ended([sys.executable, "-c", code], environment(hub, tmp_path))
     refused, failed = done.stdout.splitlines()
     assert "no model type 'own', and the model's code is not run" in refused
     assert "the code that some-org/own brings fails: division by zero" in failed
-    assert files_asked(hub) == ["config.json", "own.py"]
+    asked = files_asked(hub)
+    assert asked[:2] == ["config.json", "own.py"]
+    assert asked.count("own.py") == 1
+    assert asked.count("model.safetensors") == 1

@@ -295,6 +295,11 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     error = refused(own_code, "no model type 'own_llava', and the model's code is not run")
     assert "--trust-remote-code" in str(error.hint)
     assert not (own_code / "trace").exists()
+    config = (own_code / "config.json").read_text()
+    change_config(own_code, model_type="llava")
+    assert type(models.load(str(own_code), device="cpu").model).__name__ == "LlavaForConditionalGeneration"
+    assert not (own_code / "trace").exists()
+    (own_code / "config.json").write_text(config)
     loaded = models.load(str(own_code), device="cpu", trust_remote_code=True)
     assert (own_code / "trace").read_text() == "it ran"
     assert type(loaded.model).__name__ == "OwnModel"
