@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plphp_cli.cli import options as opt
 from plphp_cli.cli.output import say
 from plphp_cli.models.hub import go_offline, is_offline
 from plphp_cli.models.options import DEFAULTS, LoadOptions
@@ -26,10 +27,10 @@ def _flag(name: str, help_text: str) -> Any:
 
 # One annotation for each field of `LoadOptions`, in the order in which help shows them.
 _ANNOTATIONS: dict[str, Any] = {
-    "dtype": Annotated[str, _text("auto, float32, bfloat16, float16.")],
-    "device": Annotated[str, _text("auto, cpu, cuda, cuda:N, mps.")],
+    "dtype": opt.DtypeOption,
+    "device": opt.DeviceOption,
     "device_map": Annotated[str | None, _text("auto: spread over GPUs and memory (accelerate).")],
-    "attn": Annotated[str, _text("Attention back-end: sdpa, eager.")],
+    "attn": opt.AttnOption,
     "quantize": Annotated[str | None, _text("4bit or 8bit weights (bitsandbytes).", "BITS")],
     "processor_arg": Annotated[list[str] | None, _text("For the image processor; repeatable.", "KEY=VALUE")],
     "offline": Annotated[bool, _flag("--offline", "Ask the hub nothing: use what is in its local cache.")],

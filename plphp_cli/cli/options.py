@@ -61,6 +61,15 @@ MaxPixelsOption = Annotated[
 ModelOption = Annotated[
     str, typer.Option(metavar="NAME", help="builtin, a folder, or a hub id.", rich_help_panel=_MODEL)
 ]
+DtypeOption = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16.", rich_help_panel=_MODEL)
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=_MODEL)
+]
+AttnOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Attention back-end: sdpa, eager.", rich_help_panel=_MODEL)
+]
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", metavar="FILE", help="Config that calibrate wrote.", rich_help_panel=_PRUNING),
