@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from plphp_cli import models, prune
 from plphp_cli.cli.app import main
@@ -127,6 +127,9 @@ def test_a_processor_argument_reaches_the_image_processor(toy: str, images) -> N
 def test_a_processor_argument_that_does_not_exist_or_fit(toy: str, images) -> None:
     error = refused(toy, "no argument 'do_resise'", UsageError, processor_arg=("do_resise=false",))
     assert error.hint == "did you mean do_resize?"
+    assert "return_tensors" not in str(
+        refused(toy, "'return_tensors'", UsageError, processor_arg=("return_tensors=1",)).hint
+    )
     loaded = models.load(toy, device="cpu", processor_arg=("size=huge",))
     with pytest.raises(PLPHPError) as caught:
         models.prepare(loaded, images[:1], "what?")
@@ -179,6 +182,17 @@ def test_bfloat16_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--dtype float16" in str(caught.value.hint)
     check_stored_dtype(stored, torch.float16, CUDA)
     check_stored_dtype(stored, "auto", torch.device("cpu"))
+
+
+def test_quantised_weights_that_do_not_fit_the_gpu(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(
+            "Some modules are dispatched on the CPU or the disk. Make sure you have enough GPU RAM"
+        )
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", fail)
+    error = refused(toy, "KiB of weights of .* do not fit", DeviceMemoryError)
+    assert "--device-map" in str(error.hint)
 
 
 # Quantised weights

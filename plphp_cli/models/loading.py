@@ -25,6 +25,9 @@ from plphp_cli.models.sources import (
 from plphp_cli.models.weights import check_host_memory, needed_bytes
 from plphp_cli.units import format_bytes
 
+# Arguments of image processors that say where and as what the pixels go: not the user's to choose.
+_OURS = {"return_tensors", "device", "data_format", "input_data_format", "disable_grouping"}
+
 
 def load(name: str = BUILTIN, options: LoadOptions = DEFAULTS, **changes: Any) -> LoadedModel:
     """Load a model by name.
@@ -230,7 +233,7 @@ def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
 def _check_processor_args(processor: Any, options: LoadOptions, name: str) -> None:
     """Refuse arguments that the image processor does not know, where it says which it knows."""
     kinds = getattr(processor.image_processor, "valid_kwargs", None)
-    known = sorted(getattr(kinds, "__annotations__", ()))
+    known = sorted(set(getattr(kinds, "__annotations__", ())) - _OURS)
     for argument in options.processor_args if known else ():
         if argument not in known:
             close = get_close_matches(argument, known, n=1)
@@ -310,6 +313,11 @@ def _model_error(
             hint="try --dtype bfloat16, --quantize 4bit, --device-map auto, or a smaller model",
         )
     text = "\n".join(str(part) for part in _chain(error))
+    if "dispatched on the CPU" in text or "offload_folder" in text:
+        return DeviceMemoryError(
+            f"the {format_bytes(needed)} of weights of {name} do not fit on {device}{_free(device)}",
+            hint="leave out --quantize to let --device-map use the machine's memory, or use a smaller model",
+        )
     if "attn_implementation" in str(error):
         return UnsupportedError(
             f"{name} does not run on the attention back-end {options.attn}", hint="use --attn eager"
