@@ -30,7 +30,7 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
 from plphp_cli.joined import HANDLE, JoinedLayer, attend_held, attend_joined, is_joined
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
-from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone
+from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone, on_host
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
 
@@ -226,7 +226,8 @@ class Pruner:
                 forward.states[index] = left_alone(index, layer, kind)
             elif index not in forward.states:
                 raise UnsupportedError(f"layer {index} did not go through transformers' attention interface")
-        layers = tuple(state for _, state in sorted(forward.states.items()))
+        # Now, and not layer by layer: a copy to the host waits for the device.
+        layers = tuple(on_host(state) for _, state in sorted(forward.states.items()))
         seen = forward.cache.get_seq_length()
         return SequenceState(layers, seen, forward.vision, forward.attention)
 
@@ -334,7 +335,8 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -> Any:
     """What is registered: the back-end as the module's own file has it, under its pruner if there is one."""
     if HANDLE in options:
-        return attend_joined(*tensors[:3], options), None  # inside a compiled layer
+        query, key, value = tensors[:3]
+        return attend_joined(query, key, value, options), None  # inside a compiled layer
     source = sys.modules[type(module).__module__]
     interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     stock = interface.get_interface(backend, getattr(source, "eager_attention_forward", None))

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plphp_cli.errors import UnsupportedError
 
-
 _NEW_NAME, _OLD_NAME = "cache", "past_key_values"
 
 
@@ -50,7 +49,7 @@ class PrunableLayer(DynamicLayer):
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with the room for new tokens, [1, K, capacity, head_dim]; once the prompt is held."""
+        """Keys and values with their room, [1, K, capacity, head_dim]; once the prompt is held."""
         assert self._buffers is not None
         return self._buffers
 

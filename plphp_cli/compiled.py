@@ -2,8 +2,8 @@
 
 The decoder's layers are compiled by torch.compile, once for all layers of a model (their attention is one
 opaque operation, so that neither lengths nor layers make a variant). On CUDA the whole step is then captured
-in a graph. Where caches lie and how long they are is data that the graph reads: one capture serves any prompts
-whose capacities fall into the same buckets, that is, whose caches are split alike.
+in a graph. Where caches lie and how long they are is data that the graph reads: one capture serves any
+prompts whose capacities fall into the same buckets, that is, whose caches are split alike.
 """
 
 import time
@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear as linear_function
 from transformers.cache_utils import Cache
 
 from plphp_cli.errors import PLPHPError, UnsupportedError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Run = Callable[[Tensor, Cache, Tensor | None], Tensor]
 # Runs before a capture: what is compiled, tuned and allocated once must be so before it.
 _WARM_UPS = 3
+# Of a layer's code: one, and more for batch sizes and dynamic shapes. torch's own limit is 8.
+_MOST_VARIANTS = 64
 
 
 @dataclass
@@ -65,7 +68,7 @@ class StepCompiler:
         self.stats = CompileStats()
         self._model: Any = loaded.model
         self._run = run
-        self._forwards: dict[type, Callable[..., Any]] = {}
+        self._forwards: dict[tuple[type, bool], Callable[..., Any]] = {}
         self._captures: dict[tuple[Any, ...], _Capture] = {}
 
     def step_for(self, cache: Cache, positions: Tensor | None) -> "Step | None":
@@ -96,22 +99,37 @@ class StepCompiler:
         if device.type == "cpu":
             key: tuple[Any, ...] = (rows,)
             self._count(key in self._captures)
-            capture = self._captures.setdefault(key, _Capture(self, None))
+            capture = self._captures.get(key)
+            if capture is None:
+                capture = self._captures[key] = _Capture(self, None)
+                self._warm_up(cache, positions)
             return Step(capture, cache, positions)
         if any(layer.table is None for layer in layers):
             raise UnsupportedError(
                 "compiled decoding on a GPU needs Triton and a head width of a power of two"
             )
-        key = (rows, tuple(positions.shape), tuple(layer.table.splits for layer in layers if layer.table))
-        capture = self._captures.get(key)
-        self._count(capture is not None)
-        if capture is None:
-            capture = _Capture(self, positions)
-            capture.take(self, cache)
-            self._captures[key] = capture
+        key = (
+            rows,
+            tuple(positions.shape[:-2]),
+            tuple(layer.table.splits for layer in layers if layer.table),
+        )
+        found = self._captures.get(key)
+        self._count(found is not None)
+        if found is None:
+            found = _Capture(self, positions)
+            found.take(cache)
+            self._captures[key] = found
         else:
-            capture.adopt(cache, positions)
-        return Step(capture, cache, positions)
+            found.adopt(cache, positions)
+        return Step(found, cache, positions)
+
+    def _warm_up(self, cache: Cache, positions: Tensor) -> None:
+        """Compile, and take back the token that this wrote."""
+        rows = len(cache.layers[0].rows)
+        self.run(torch.zeros(rows, 1, dtype=torch.long, device=positions.device), cache, positions + 1)
+        for layer in cache.layers:
+            for row in layer.rows:
+                row.crop(-1)
 
     def _count(self, hit: bool) -> None:
         self.stats.hits += hit
@@ -121,16 +139,23 @@ class StepCompiler:
     def compiled_layers(self, cache: Cache) -> Iterator[None]:
         """While open, the decoder's layers run compiled, each on its joined layer."""
         layers = list(self._model.get_decoder().layers)
-        for layer in layers:
-            self._forwards.setdefault(type(layer), _compiled(type(layer), len(cache.layers[0].rows)))
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-            for layer, joined in zip(layers, cache.layers, strict=True):
-                vars(layer)["forward"] = partial(_call, self._forwards[type(layer)], layer, joined)
+        row = len(cache.layers[0].rows) == 1 and next(layers[0].parameters()).is_cuda
+        changed: list[Any] = []
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_MOST_VARIANTS):
             try:
+                for layer, joined in zip(layers, cache.layers, strict=True):
+                    kind = (type(layer), row)
+                    compiled = self._forwards.setdefault(kind, _compiled(type(layer), row))
+                    vars(layer)["forward"] = partial(_call, compiled, layer, joined)
+                    changed.append(layer)
+                    for part in layer.modules() if row else ():
+                        if type(part) is nn.Linear and part.bias is not None:
+                            vars(part)["forward"] = partial(_bias_apart, part)
+                            changed.append(part)
                 yield
             finally:
-                for layer in layers:
-                    vars(layer).pop("forward", None)
+                for module in changed:
+                    vars(module).pop("forward", None)
 
     def run(self, ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
         """One step with compiled layers, from Python."""
@@ -164,24 +189,23 @@ class _Capture:
     lengths: Tensor | None = None
     tables: list[Any] = field(default_factory=list)
 
-    def take(self, compiler: StepCompiler, cache: Cache) -> None:
+    def take(self, cache: Cache) -> None:
         """Warm up and capture. The tokens that this writes lie where the first real one will."""
         assert self.positions is not None
         lengths: Tensor = cache.lengths
         self.lengths, self.tables = lengths, [layer.table for layer in cache.layers]
         device = lengths.device
-        self.positions = self.positions.clone()
-        self.ids = torch.zeros(lengths.shape[1], 1, dtype=torch.long, device=device)
+        first, positions = self.positions, self.positions.clone()
+        self.positions = positions
+        self.ids = ids = torch.zeros(lengths.shape[1], 1, dtype=torch.long, device=device)
         before = lengths.clone()
 
         def step() -> Tensor:
-            assert self.positions is not None
-            self.positions.add_(1)
-            logits = compiler.run(self.ids, cache, self.positions)
+            positions.add_(1)
+            logits = self.compiler.run(ids, cache, positions)
             lengths.add_(1)
             return logits
 
-        first = self.positions.clone()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -193,7 +217,7 @@ class _Capture:
         with torch.cuda.graph(self.graph, stream=stream):
             self.logits = step()
         lengths.copy_(before)
-        self.positions.copy_(first)
+        positions.copy_(first)
 
     def adopt(self, cache: Cache, positions: Tensor) -> None:
         """Serve another batch of the same kind."""
@@ -230,7 +254,16 @@ def _call(compiled: Callable[..., Any], layer: Any, joined: JoinedLayer, *args: 
     return compiled(layer, *args, **{**kwargs, HANDLE: joined.handle})
 
 
-def _compiled(kind: type, rows: int) -> Callable[..., Any]:
-    # With one row a product is a sum over a matrix's columns, which tuned kernels read faster than cuBLAS does.
-    options = {"coordinate_descent_tuning": True} if rows == 1 and torch.cuda.is_available() else {}
-    return torch.compile(kind.forward, options=options) if options else torch.compile(kind.forward)  # type: ignore[attr-defined]
+def _compiled(kind: Any, row: bool) -> Callable[..., Any]:
+    """The compiled forward of a layer class; `row` says that it is for one sequence on CUDA."""
+    options: dict[str, Any] = {}
+    if row:
+        # With one row a product is a sum over columns, which tuned kernels read faster than cuBLAS does;
+        # what is cheap per element must not be computed anew for every row of the next matrix.
+        options = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 4}
+    return torch.compile(kind.forward, options=options or None)
+
+
+def _bias_apart(linear: nn.Linear, states: Tensor) -> Tensor:
+    """As `linear.forward`, in two operations: products with a bias fused in are not tuned as sums."""
+    return linear_function(states, linear.weight) + linear.bias

@@ -1,7 +1,7 @@
 """Steps of several prompts at once: one token each, from one reading of the weights.
 
     with prune(model, config) as pruner:
-        prompts = [prefill(loaded, prompt, pruner, room) for prompt in ...]  # one at a time, each with its cut
+        prompts = [prefill(loaded, prompt, pruner, room) for prompt in ...]  # each with its cut
         for event in decode_batch(loaded, prompts, Settings(64)):
             ...  # Row(index, Token) as they come, Row(index, Done) as each ends and leaves the batch
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from plphp_cli.cache import PrunableLayer
-from plphp_cli.compiled import StepCompiler
+from plphp_cli.compiled import Step, StepCompiler
 from plphp_cli.errors import UnsupportedError
 from plphp_cli.generate import (
     Clock,
@@ -67,6 +67,10 @@ class DecodeBatch:
     ) -> None:
         self.prompts = list(prompts)
         self._loaded, self._room, self._compiler = loaded, room, compiler
+        self._cache: Any = None
+        self._positions: Tensor | None = None
+        self._compiled: Step | None = None
+        self._steps = 0
         if len(prompts) > 1 and any(prompt.positions is None for prompt in prompts):
             raise UnsupportedError(
                 "a batch of prompts: this model counts positions by itself, one prompt's only",
@@ -121,7 +125,7 @@ class DecodeBatch:
             for layer in prompt.cache.layers:
                 if isinstance(layer, PrunableLayer):
                     layer.make_room(self._room + 1)
-        self._cache: Any = join([prompt.cache for prompt in self.prompts])
+        self._cache = join([prompt.cache for prompt in self.prompts])
         positions = [prompt.positions for prompt in self.prompts if prompt.positions is not None]
         self._positions = torch.cat(positions, dim=-2) if positions else None
         self._compiled = None
@@ -130,7 +134,7 @@ class DecodeBatch:
 
 
 def run_step(loaded: "LoadedModel", ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
-    """One uncompiled step of a joined cache: ids [B, 1], positions [..., B, 1] -> float32 logits [B, vocab]."""
+    """A step of a joined cache, in Python: ids [B, 1], positions [..., B, 1] -> float32 logits [B, vocab]."""
     return _forward(loaded.model, ids, cache, positions).logits[:, -1].float()
 
 

@@ -1,8 +1,8 @@
 """Several prefilled prompts as one batch: each keeps its own cut and its own buffer, nothing is padded.
 
 A batch shares the weights that a step reads; the caches stay apart. Each sequence was prefilled and cut by
-itself (METHOD.md, "When"), so a layer holds another number of tokens for each of them: attention runs sequence
-by sequence over what each holds, on CUDA in one kernel. No cache is copied to join or to leave.
+itself, so a layer holds another number of tokens for each of them: attention runs sequence by sequence over
+what each holds, on CUDA in one kernel. No cache is copied to join or to leave.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
-
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from plphp_cli.cache import PrunableLayer
@@ -105,7 +104,7 @@ class JoinedLayer(CacheLayerMixin):
 
 
 class Table:
-    """On CUDA, where a layer's rows lie in memory and how much they hold, as tensors [B] that a kernel reads."""
+    """On CUDA, where a layer's rows lie and how much they hold, as tensors [B] that a kernel reads."""
 
     def __init__(self, rows: Sequence[PrunableLayer], splits: int, length: Tensor) -> None:
         device = rows[0].keys.device
@@ -173,7 +172,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, handle: Tensor, scaling: float)
 
 
 def attend_joined(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    """Attention of the joined layer that `options` name, from inside a compiled layer; see `JoinedLayer.step`.
+    """Attention of the joined layer that `options` name, for a compiled layer; see `JoinedLayer.step`.
 
     Raises:
         UnsupportedError: the layer's attention has options that the fused ways do not know.

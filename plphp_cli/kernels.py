@@ -8,8 +8,8 @@ where it was tried).
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
 _BLOCK = 64
@@ -19,7 +19,7 @@ _MOST_SPLITS = 64
 
 
 def splits_for(tokens: int, rows: int) -> int:
-    """Into how many parts, a power of two, caches of about `tokens` tokens are split for `rows` = B K heads."""
+    """Into how many parts, a power of two, caches of up to `tokens` tokens are split; `rows` is B K."""
     splits = 1
     while splits < _MOST_SPLITS and splits * rows < _PROGRAMS and splits * 2 * _BLOCK <= tokens:
         splits *= 2
@@ -27,7 +27,7 @@ def splits_for(tokens: int, rows: int) -> int:
 
 
 @triton.jit
-def _attend_part(
+def _attend_part(  # type: ignore[no-untyped-def]
     query, new_key, new_value, key_at, value_at, capacity, length, part, weight,
     query_stride, key_stride, value_stride, scaling,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -79,7 +79,7 @@ def _attend_part(
 
 
 @triton.jit
-def _put_together(part, weight, output, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+def _put_together(part, weight, output, WIDTH: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     split, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     most = tl.load(weight + (row * SPLITS + split) * 2)
@@ -124,11 +124,13 @@ def attend_and_write(
     part = torch.empty(rows, heads, splits, width, dtype=torch.float32, device=query.device)
     weight = torch.empty(rows, heads, splits, 2, dtype=torch.float32, device=query.device)
     output = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
+    # Keys and values of a few blocks are in flight at a time, and must fit in shared memory.
+    wide = width * query.element_size() > 256
     _attend_part[(rows * kv_heads, splits)](
         query, key, value, key_at, value_at, capacity, length, part, weight,
         query.stride(0), key.stride(0), value.stride(0), scaling,
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), WIDTH=width,
-        SPLITS=splits, BLOCK=_BLOCK, num_warps=4, num_stages=3,
+        SPLITS=splits, BLOCK=32 if wide else _BLOCK, num_warps=4, num_stages=2 if wide else 3,
     )  # fmt: skip
     _put_together[(rows * heads,)](part, weight, output, WIDTH=width, SPLITS=splits, num_warps=2)
     return output

@@ -66,7 +66,7 @@ def load_dummy(
             if not is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(
-                f"out of memory on {where}: dummy weights of {name} take {format_bytes(size * kind.itemsize)}",
+                f"out of memory on {where}: weights of {name} take {format_bytes(size * kind.itemsize)}",
                 hint="use --dtype bfloat16, another --device, or a smaller shape",
             ) from error
     return LoadedModel(model, None, name, None, kind, where, builtin=False, attn=attn, notes=(NOTE,))
