@@ -94,7 +94,7 @@ class PrunableLayer(DynamicLayer):
             return key_states, value_states
         self.make_room(count)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.held : self.held + count] = states.detach()
+            buffer.narrow(2, self.held, count).copy_(states.detach() if states.requires_grad else states)
         self.seen += count
         self._show(self.held + count)
         return self.keys, self.values
@@ -173,7 +173,8 @@ class PrunableLayer(DynamicLayer):
 
     def _show(self, held: int) -> None:
         self.held = held
-        self.keys, self.values = (buffer[:, :, :held] for buffer in self._stored())
+        keys, values = self._stored()
+        self.keys, self.values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
 
 
 def cache_name(model: Any) -> str:

@@ -69,8 +69,8 @@ def way_of_decoding(record: ProfileRecord) -> list[str]:
     found = []
     if record.batch_size > 1:
         found.append(
-            f"Decoding is of {record.batch_size} copies of the prompt in one batch: tokens/s of all together, a "
-            "step's time is of all; prefill, TTFT, KV cache held are of one."
+            f"Decoding is of {record.batch_size} copies of the prompt in one batch: tokens/s and a step's "
+            "time are of all together; prefill, TTFT, KV cache held are of one."
         )
     made = record.compiled
     if made is not None and made.refused is not None:

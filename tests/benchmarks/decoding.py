@@ -67,7 +67,8 @@ class Point:
         self.stock = DynamicCache(config=text)
         for index in range(text.num_hidden_layers):
             keys, values = (
-                torch.empty(shape, device=self.loaded.device, dtype=self.loaded.dtype).normal_() for _ in range(2)
+                torch.empty(shape, device=self.loaded.device, dtype=self.loaded.dtype).normal_()
+                for _ in range(2)
             )
             self.stock.update(keys, values, index)
 
@@ -279,9 +280,7 @@ def main():
             compiler = step_compiler(loaded) if any("compiled" in arm for arm in args.arms) else None
             for vision_tokens in args.vision_tokens:
                 for number, batch in enumerate(args.batch):
-                    point = Point(
-                        loaded, vision_tokens, batch, args.layer_rates, args.new_tokens, compiler
-                    )
+                    point = Point(loaded, vision_tokens, batch, args.layer_rates, args.new_tokens, compiler)
                     with torch.no_grad():
                         prefill = None
                         if args.prefill and not number:
@@ -294,9 +293,13 @@ def main():
                     print(record["line"], flush=True)
                     if prefill is not None:
                         shown_prefill = {k: v for k, v in prefill.items() if "samples" not in k}
-                        print(f"prefill of {shape} at {vision_tokens}: {json.dumps(shown_prefill)}", flush=True)
+                        print(
+                            f"prefill of {shape} at {vision_tokens}: {json.dumps(shown_prefill)}", flush=True
+                        )
                     if args.json:
-                        args.json.write_text(json.dumps({"machine": circumstances(), "points": found}, indent=1))
+                        args.json.write_text(
+                            json.dumps({"machine": circumstances(), "points": found}, indent=1)
+                        )
             del loaded, compiler
             free()
 
