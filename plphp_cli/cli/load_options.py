@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from plphp_cli.cli import options as opt
 from plphp_cli.cli.output import say
 from plphp_cli.models.hub import go_offline, is_offline
 from plphp_cli.models.options import DEFAULTS, LoadOptions
+
+if TYPE_CHECKING:
+    from plphp_cli.models.sources import Source
 
 _PANEL = "Model"
 
@@ -72,6 +75,21 @@ def _parameters() -> list[inspect.Parameter]:
     ]
 
 
+def find_model(name: str) -> "Source":
+    """Where a model is, refused if it is not there or its config cannot be read; nothing else is fetched.
+
+    Raises what `models.load` raises for such names.
+    """
+    from plphp_cli.models.sources import is_hub_id, locate, read_config_json
+
+    if is_hub_id(name) and not is_offline():
+        # The hub's client tries again for half a minute before it gives up.
+        say(f"asking the hub for {name}")
+    source = locate(name)
+    read_config_json(source)
+    return source
+
+
 def check_model(name: str, options: LoadOptions) -> None:
     """Refuse a model that is not there, or whose config says that it cannot be one, before torch is imported.
 
@@ -79,13 +97,9 @@ def check_model(name: str, options: LoadOptions) -> None:
     Raises what `models.load` raises for such names.
     """
     from plphp_cli.errors import ModelError
-    from plphp_cli.models.sources import is_hub_id, locate, read_config_json, weight_files
+    from plphp_cli.models.sources import weight_files
 
-    if is_hub_id(name) and not is_offline():
-        # The hub's client tries again for half a minute before it gives up.
-        say(f"asking the hub for {name}")
-    source = locate(name)
-    read_config_json(source)
+    source = find_model(name)
     if source.revision is None or is_offline():
         return
     try:

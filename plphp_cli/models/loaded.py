@@ -1,6 +1,6 @@
 """A model with its processor, ready to run, and what can be read off it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,16 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     options: LoadOptions = DEFAULTS
     warnings: tuple[str, ...] = ()
+
+
+def settled_options(loaded: LoadedModel) -> LoadOptions:
+    """The options that load the same once more, with what `auto` chose; a device map chooses anew."""
+    options = loaded.options
+    if options.device_map is None:
+        options = replace(options, device=str(loaded.device))
+    if options.quantize is None:
+        options = replace(options, dtype=str(loaded.dtype).removeprefix("torch."))
+    return options
 
 
 def default_config(loaded: LoadedModel) -> PLPHPConfig:
