@@ -5,8 +5,15 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from plphp_cli import parallel
 from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError
-from plphp_cli.models.choices import check_attention, choose_device, choose_dtype
+from plphp_cli.models.choices import (
+    attention_to_load,
+    check_attention,
+    choose_device,
+    choose_dtype,
+    set_attention,
+)
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.sources import BUILTIN, Source, check_weights, complete, locate, read_config_json
 from plphp_cli.units import format_bytes
@@ -25,7 +32,8 @@ def load(
         dtype: `auto` (the checkpoint's; float32 for the built-in model on a CPU), `float32`, `bfloat16` or
             `float16`.
         device: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
-        attn: attention back-end, `sdpa` or `eager`.
+        attn: attention back-end of the decoder, one of `choices.ATTENTION`; the vision encoder has `eager`
+            or `sdpa`.
 
     Raises:
         UsageError: an option is unknown or cannot be met on this machine.
@@ -37,14 +45,16 @@ def load(
     source = locate(name)
     config_json = read_config_json(source)
     with quiet():
-        where = choose_device(device)
+        where = parallel.device_of_rank(choose_device(device), device)
         kind = choose_dtype(dtype, where, source.builtin)
-        check_attention(attn)
+        check_attention(attn, where, kind)
         config = _config(source, config_json)
+        parallel.check_heads(config, source.name)
     source = complete(source)
     with quiet():
         processor = _processor(source)
         model = _model(source, config, kind, where, attn)
+        check_attention(attn, where, model.dtype)
     notes = []
     if dtype == "auto":
         reason = "the built-in model on a CPU" if kind != "auto" else "as the checkpoint is stored"
@@ -155,11 +165,14 @@ def _model(source: Source, config: Any, dtype: Any, device: Any, attn: str) -> A
             source.folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attn,
+            attn_implementation=attention_to_load(attn),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **parallel.load_options(),
         )
+        parallel.check_loaded(model, source.name)
+        set_attention(model, attn, source.name)
         absent = sorted(report["missing_keys"])
         if absent:
             raise ModelError(
