@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 L = TypeVar("L")
 COMMAND = "run"
+# The first transformers whose own plan runs vision-language models; 5.18 fails at a tied output head.
+OLDEST = "5.20"
 
 
 def world_size() -> int:
@@ -121,15 +123,24 @@ def check_heads(config: Any, name: str) -> None:
 
 
 def load_options() -> dict[str, Any]:
-    """What `from_pretrained` is told so that it loads this rank's share; nothing without `torchrun`."""
+    """What `from_pretrained` is told so that it loads this rank's share; nothing without `torchrun`.
+
+    Raises:
+        UsageError: transformers is too old.
+    """
     if world_size() == 1:
         return {}
-    from transformers import distributed
+    import transformers
+    from packaging.version import Version
 
-    try:
-        return {"distributed_config": distributed.DistributedConfig(tp_size=world_size())}
-    except (AttributeError, TypeError):  # before it, transformers took the plan itself
-        return {"tp_plan": "auto"}
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise UsageError(
+            f"several ranks need transformers {OLDEST} or newer; this is {transformers.__version__}",
+            hint="pip install -U transformers",
+        )
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=world_size())}
 
 
 def check_loaded(model: Any, name: str) -> None:

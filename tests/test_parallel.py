@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import load
+from packaging.version import Version
 from parallel_worker import results
 
 from plphp_cli import models, parallel
@@ -32,6 +34,11 @@ def torchrun(*words):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+young_enough = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(parallel.OLDEST), reason="transformers is too old"
+)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two ranks found."""
@@ -43,6 +50,7 @@ def ranks(tmp_path_factory):
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+@young_enough
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_answer_as_one_process_does(name, ranks):
     for number, alone in enumerate(results(name, load(name).model)):
@@ -53,6 +61,7 @@ def test_two_ranks_answer_as_one_process_does(name, ranks):
         assert torch.equal(first["logits"].argmax(-1), alone["logits"].argmax(-1))
 
 
+@young_enough
 @pytest.mark.parametrize("name", NAMES)
 def test_each_rank_cuts_its_own_heads_at_a_rate_that_all_of_them_decide(name, ranks):
     groups = set()
@@ -73,6 +82,7 @@ def test_each_rank_cuts_its_own_heads_at_a_rate_that_all_of_them_decide(name, ra
     assert groups & {"attentive", "balanced", "indifferent"}
 
 
+@young_enough
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ranks_together_hold_what_one_process_holds(name, ranks):
     alone = results(name, load(name).model)[0]["layers"]
@@ -86,6 +96,7 @@ def test_the_ranks_together_hold_what_one_process_holds(name, ranks):
     assert ranks[0]["weights"] == models.decoder_weight_bytes(models.load("builtin", device="cpu"))
 
 
+@young_enough
 def test_a_run_on_two_ranks_is_one_run_to_its_user(tmp_path):
     files = [tmp_path / "two.json", tmp_path / "one.json"]
     done = torchrun("-m", "plphp_cli", *RUN, "--json", str(files[0]))
@@ -128,6 +139,13 @@ def test_what_is_not_made_for_ranks_is_refused(words, message, capsys):
     assert captured.out == ""
     assert captured.err.startswith(f"error: {message}")
     assert captured.err.count("\n") == 2
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.18.0")
+    with pytest.raises(UsageError, match=r"need transformers 5.20 or newer; this is 5.18.0"):
+        parallel.load_options()
 
 
 @pytest.mark.usefixtures("second_of_two")
