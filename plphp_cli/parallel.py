@@ -24,6 +24,8 @@ L = TypeVar("L")
 COMMAND = "run"
 # The first transformers whose own plan runs vision-language models; 5.18 fails at a tied output head.
 OLDEST = "5.20"
+# Projections whose output holds a layer's keys, fused with others or not.
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def world_size() -> int:
@@ -111,6 +113,8 @@ def check_heads(config: Any, name: str) -> None:
         UsageError: the ranks do not divide its KV heads or its query heads.
     """
     ranks = world_size()
+    if ranks == 1:
+        return
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -150,10 +154,17 @@ def check_loaded(model: Any, name: str) -> None:
         ModelError: transformers has no plan for its attention.
     """
     plan = getattr(model, "_tp_plan", None) or {}
-    if world_size() > 1 and not any("attn" in rule for rule in plan):
-        raise ModelError(
-            f"transformers has no tensor-parallel plan for {name}", hint="start it without torchrun"
-        )
+    shares = [style for rule, style in plan.items() if rule.rpartition(".")[2] in _KEY_PROJECTIONS]
+    if world_size() > 1 and "colwise" not in shares:
+        raise no_plan(name)
+
+
+def no_plan(name: str) -> ModelError:
+    """What is said of a model that transformers cannot share out."""
+    return ModelError(
+        f"transformers has no tensor-parallel plan for the attention of {name}",
+        hint="start it without torchrun",
+    )
 
 
 def ranks_of(model: Any) -> int:

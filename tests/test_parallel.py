@@ -180,7 +180,7 @@ def test_a_model_without_a_plan_is_refused():
     model = load("llava").fresh().model
     parallel.check_loaded(model, "llava")
     model._tp_plan = {"lm_head": "colwise_gather_output"}
-    with pytest.raises(ModelError, match="no tensor-parallel plan for llava"):
+    with pytest.raises(ModelError, match="no tensor-parallel plan for the attention of llava"):
         parallel.check_loaded(model, "llava")
 
 

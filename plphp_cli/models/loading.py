@@ -193,6 +193,8 @@ def _model(source: Source, config: Any, dtype: Any, device: Any, attn: str) -> A
                 f"out of memory on {device} while loading {source.name} ({format_bytes(size)} of weights)",
                 hint="use --dtype bfloat16, another --device, or a smaller model",
             ) from error
+        if "`tp_plan`" in str(error):
+            raise parallel.no_plan(source.name) from error
         if "attn_implementation" in str(error):
             raise UnsupportedError(
                 f"{source.name} does not run on the attention back-end {attn}", hint="use --attn eager"
