@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -68,9 +69,13 @@ def stock(backend: str, module: nn.Module) -> Callable[..., Any]:
 def _flex(
     attend: Callable[..., Any], eager: Callable[..., Any] | None, *arguments: Any, **options: Any
 ) -> Any:
-    if eager is not None and isinstance(arguments[-1], Tensor):
-        return eager(*arguments, **options)
-    return _compiled(attend, *arguments, **options)
+    *tensors, mask = arguments
+    if eager is None or not isinstance(mask, Tensor):
+        return _compiled(attend, *arguments, **options)
+    if mask.dtype == torch.bool:
+        dtype = tensors[1].dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return eager(*tensors, mask, **options)
 
 
 def _compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

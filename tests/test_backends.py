@@ -94,6 +94,24 @@ def test_a_chunk_over_a_cut_cache_equals_its_tokens_one_by_one(name, backend):
     assert (chunk - single).abs().max() <= 1e-4 * single.abs().max()
 
 
+def test_flex_attention_takes_a_mask_of_ones_and_zeros_as_eager_takes_its_own():
+    module = load("llava").model.get_decoder().layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, n, 16, generator=generator) for heads, n in [(4, 3), (2, 9), (2, 9)]
+    )
+    visible = torch.ones(3, 9, dtype=torch.bool).tril(6)[None, None]
+    expected = backends.stock("sdpa", module)(module, query, key, value, visible, scaling=0.25)[0]
+    found = backends.stock(FLEX, module)(module, query, key, value, visible, scaling=0.25)[0]
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_batch_on_flash_attention_is_refused():
+    module = load("llava").model.get_decoder().layers[0].self_attn
+    with pytest.raises(UnsupportedError, match="a batch on flash_attention_2"):
+        backends.stock(FLASH, module)(module, *[torch.zeros(2, 2, 1, 16)] * 3, torch.zeros(2, 1, 1, 1))
+
+
 def test_what_torch_cannot_compile_is_told_in_a_line():
     class Broken(Exception):
         __module__ = "torch._inductor.exc"
