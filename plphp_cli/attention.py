@@ -8,23 +8,19 @@ module, in a weak map: the registered names are inert for every module that is n
 
 import contextlib
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from plphp_cli import families
+from plphp_cli import backends, families, parallel
 from plphp_cli.cache import PrunableLayer, cache_name, given_cache
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
@@ -33,10 +29,6 @@ from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attenti
 from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone, on_host
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
-
-# Flash and flex attention take masks of their own kind and have not been proven: refused by name.
-BACKENDS = ("sdpa", "eager")
-_PREFIX = "plphp_"
 
 
 @dataclass(eq=False)
@@ -252,19 +244,16 @@ def prune(
         NestedPruneError: the model, or a part of it, is being pruned already.
     """
     decoder = model.get_decoder()
-    pruner = Pruner(model, as_policy(policy), keep_attention)
+    shared = parallel.shared_policy(model, as_policy(policy), keep_attention)
+    pruner = Pruner(model, shared, keep_attention)
     modules = [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_claimed(modules, pruner))
         backend = decoder.config._attn_implementation
-        if backend not in BACKENDS:
-            raise UnsupportedError(
-                f"attention back-end {backend!r} is not supported",
-                hint=f"load the model with {' or '.join(BACKENDS)}",
-            )
+        ours = backends.registered(backend)
         stack.callback(pruner.release)
         stack.callback(decoder.set_attn_implementation, backend)
-        decoder.set_attn_implementation(_PREFIX + backend)
+        decoder.set_attn_implementation(ours)
         for hook in (
             model.register_forward_pre_hook(pruner.before_forward, with_kwargs=True),
             model.register_forward_hook(pruner.after_forward, with_kwargs=True, always_call=True),
@@ -337,15 +326,11 @@ def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -
     if HANDLE in options:
         query, key, value = tensors[:3]
         return attend_joined(query, key, value, options), None  # inside a compiled layer
-    source = sys.modules[type(module).__module__]
-    interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    stock = interface.get_interface(backend, getattr(source, "eager_attention_forward", None))
+    stock = backends.stock(backend, module)
     pruner = _PRUNERS.get(module)
     if pruner is None:
         return stock(module, *tensors, **options)
     return pruner.attend(stock, module, *tensors, **options)
 
 
-for _backend in BACKENDS:
-    AttentionInterface.register(_PREFIX + _backend, partial(_attention, _backend))
-    AttentionMaskInterface.register(_PREFIX + _backend, ALL_MASK_ATTENTION_FUNCTIONS[_backend])
+backends.register(_attention)

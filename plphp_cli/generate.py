@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from plphp_cli import parallel
 from plphp_cli.attention import Pruner, prune
 from plphp_cli.cache import cache_name, cache_of, fork_cache
 from plphp_cli.config import PLPHPConfig
@@ -316,13 +317,14 @@ class _Sampler:
             config, prompt.shape[1], encoder_input_ids=prompt, device=prompt.device, model_kwargs={}
         )
         self.generator = torch.Generator(prompt.device).manual_seed(settings.seed)
+        self.agree = parallel.agreement(model)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """The next token [1, 1] after `ids` [1, n], from `logits` [vocab]."""
         scores = self.processors(ids, logits[None].clone())
         if self.sample:
-            return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
-        return scores.argmax(dim=-1, keepdim=True)
+            return self.agree(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator))
+        return self.agree(scores.argmax(dim=-1, keepdim=True))
 
 
 class _Text:

@@ -8,7 +8,7 @@ keeps n_l.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,15 +145,16 @@ def _shared(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PLPHPPolicy:
-    """The method itself: both levels, with the options of `config`."""
+    """The method itself: both levels, with the options of `config`; `score` gives a layer's gamma."""
 
     config: PLPHPConfig
+    score: Callable[[Tensor, Tensor], float | None] = vision_attention_score
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
     ) -> Cut:
         """See `Policy.cut`. Raises `UnsupportedError` for scope `image` when images cannot be told apart."""
-        gamma = vision_attention_score(attention, vision)
+        gamma = self.score(attention, vision)
         if gamma is None:
             return Cut(None, None, None, keep_all(vision, kv_heads))
         if layer in self.config.skip_layers:

@@ -27,6 +27,8 @@ __all__ = [
     "LayerRecord",
     "MemoryByArm",
     "MemoryRecord",
+    "RankRecord",
+    "RanksByArm",
     "RatioRecord",
     "RecordError",
     "RunRecord",
@@ -221,8 +223,27 @@ class MemoryByArm:
 
 
 @dataclass(frozen=True)
+class RankRecord:
+    """What one rank of a tensor-parallel run holds of the prompt's cache; arms and layers hold the sums."""
+
+    rank: int
+    kv_bytes_held: int
+    kv_bytes_full: int
+    kv_bytes_allocated: int
+
+
+@dataclass(frozen=True)
+class RanksByArm:
+    """What each rank holds, by arm; `backend` carries what they tell each other (`gloo`, `nccl`)."""
+
+    backend: str
+    pruned: tuple[RankRecord, ...] = ()
+    unpruned: tuple[RankRecord, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """Everything that `plphp run` has to say. `layers` are the pruned arm's."""
+    """Everything that `plphp run` has to say. `layers` are the pruned arm's; `ranks` is of torchrun alone."""
 
     model: str
     config: PLPHPConfig
@@ -239,6 +260,7 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     ratios: dict[str, RatioRecord] = field(default_factory=dict)
     bound: BoundRecord | None = None
+    ranks: RanksByArm | None = None
     notes: tuple[str, ...] = ()
     interrupted: bool = False
     command: str = "run"

@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flex_attention_mask, sdpa_mask
 
 
 class Forced(LogitsProcessor):
@@ -37,14 +38,15 @@ def _masked_attention(stock, module, query, key, value, attention_mask, **option
             attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
                 ~attention_mask, -math.inf
             )
+    attend = sys.modules[type(module).__module__].eager_attention_forward
     if stock == "sdpa":
         attend = sdpa_attention_forward
-    else:
-        attend = sys.modules[type(module).__module__].eager_attention_forward
+    elif stock == "flex_attention" and not isinstance(attention_mask, torch.Tensor):
+        attend = flex_attention_forward
     return attend(module, query, key, value, attention_mask, **options)
 
 
-for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+for _name, _mask in (("sdpa", sdpa_mask), ("eager", eager_mask), ("flex_attention", flex_attention_mask)):
     AttentionInterface.register(f"masked_reference_{_name}", partial(_masked_attention, _name))
     AttentionMaskInterface.register(f"masked_reference_{_name}", _mask)
 

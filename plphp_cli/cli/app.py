@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from plphp_cli import __version__
+from plphp_cli import __version__, parallel
 from plphp_cli.cli import calibrate, profile, run, sweep
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.options import MultiValueCommand
@@ -45,6 +45,7 @@ def _root(
     if version:
         print(f"plphp {__version__}")
         raise typer.Exit
+    parallel.refuse_command(context.invoked_subcommand)
     if context.invoked_subcommand is None:
         # typer prints its own help to stdout, which is for answers.
         with contextlib.redirect_stdout(sys.stderr):
@@ -56,12 +57,14 @@ def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return its exit code."""
     _tolerate_any_encoding()
     debug = "--debug" in argv
+    parallel.silence(debug)
     code: Any
     try:
         command: Any = typer.main.get_command(app)
         # Not `command.main`: that would print errors and meet closed pipes in its own way.
         with command.make_context("plphp", list(argv), obj=["plphp", *argv]) as context:
             code = command.invoke(context)
+        parallel.leave()
         if sys.stdout is not None:
             sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -2,6 +2,7 @@
 
 import re
 
+from plphp_cli import parallel
 from plphp_cli.errors import DeviceMemoryError, PLPHPError
 from plphp_cli.units import format_bytes
 
@@ -12,6 +13,10 @@ _FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is fre
 
 def explained(error: Exception) -> Exception:
     """The error that tells a user what to try, where the failure is of a kind that is known; else itself."""
+    if parallel.is_lost_rank(error):
+        return PLPHPError(
+            "another rank of this run has ended", hint="repeat with --debug: every rank then says why it ends"
+        )
     if isinstance(error, PLPHPError) or not is_out_of_memory(error):
         return error
     return DeviceMemoryError(

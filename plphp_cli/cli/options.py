@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from plphp_cli import parallel
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, UsageError
 from plphp_cli.files import check_writable
@@ -68,7 +69,12 @@ DeviceOption = Annotated[
     str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, mps.", rich_help_panel=_MODEL)
 ]
 AttnOption = Annotated[
-    str, typer.Option(metavar="NAME", help="Attention back-end: sdpa, eager.", rich_help_panel=_MODEL)
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Attention back-end: sdpa, flash_attention_2, flex_attention, eager.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 ConfigOption = Annotated[
     str | None,
@@ -279,6 +285,7 @@ def read_prompt(prompt: str | None) -> str:
         raise UsageError("no prompt was given", hint="say what to ask with --prompt, or --prompt - for stdin")
     where = "prompt"
     if prompt == "-":
+        parallel.refuse_stdin()
         where = "prompt from stdin"
         prompt = _read_stdin()
     return check_text(where, prompt)

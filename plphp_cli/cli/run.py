@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from plphp_cli import parallel
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
@@ -94,6 +95,7 @@ def run(
         options=options,
         command=tuple(context.obj or sys.argv),
     )
+    json = json if parallel.rank() == 0 else None
     return execute(request, json_target=json, force=force, live=not no_live)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from plphp_cli import parallel
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
 from plphp_cli.memory import MemorySampler, MemorySnapshot
@@ -18,6 +19,7 @@ from plphp_cli.results import (
     LayerRecord,
     MemoryByArm,
     MemoryRecord,
+    RankRecord,
     RunRecord,
     decode_bound,
     run_ratios,
@@ -74,6 +76,7 @@ class RunSession:
         self._memory: dict[str, MemoryRecord] = {}
         self._stop_reasons: dict[str, str] = {}
         self._token_ids: dict[str, list[int]] = {PRUNED: [], UNPRUNED: []}
+        self._ranks: dict[str, tuple[RankRecord, ...]] = {}
         self._view = LiveSnapshot(
             title=f"plphp run  {request.model}",
             config=f"{request.config_origin}: {config_line(request.config)}",
@@ -201,6 +204,7 @@ class RunSession:
             ),
             ratios=run_ratios(pruned, compared),
             bound=self._bound(pruned),
+            ranks=parallel.by_arm(self._ranks),
             notes=(
                 *(() if loaded is None else loaded.warnings),
                 *(() if prompt is None else prompt.notes),
@@ -240,7 +244,9 @@ class RunSession:
             for event in events:
                 match event:
                     case PrefillDone():
-                        layers = tuple(LayerRecord.from_state(state) for state in event.layers)
+                        assert self._loaded is not None
+                        states, self._ranks[arm.name] = parallel.gathered(self._loaded.model, event.layers)
+                        layers = tuple(LayerRecord.from_state(state) for state in states)
                         arm = replace(arm, phase=DECODING, prefill_s=event.prefill_s, layers=layers)
                     case Token():
                         self._token_ids[arm.name].append(event.token_id)

@@ -1,14 +1,17 @@
 """Where and how a model runs: device, dtype and attention back-end, checked before anything loads."""
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from plphp_cli.errors import UsageError
+from plphp_cli.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "flash_attention_2", "flex_attention", "eager")
+# What transformers can build a whole model on; the others are for the decoder alone.
+_PLAIN = ("sdpa", "eager")
 
 
 def choose_device(name: str) -> "torch.device":
@@ -87,7 +90,57 @@ def _lacks_bfloat16(device: "torch.device") -> bool:
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_attention(name: str) -> None:
-    """Refuse an attention back-end that pruning is not proven with. Raises `UsageError`."""
+def check_attention(name: str, device: "torch.device", dtype: Any) -> None:
+    """Refuse an attention back-end that is unknown, or that cannot run here.
+
+    Args:
+        name: as the user typed it.
+        device: that the model is to run on.
+        dtype: of its weights, as far as it is known; `"auto"` is not.
+
+    Raises:
+        UsageError: it is none of `ATTENTION`, or lacks its package, its device or a dtype that it takes.
+    """
     if name not in ATTENTION:
-        raise UsageError(f"attention {name!r}; expected {' or '.join(ATTENTION)}")
+        raise UsageError(f"attention {name!r}; expected {', '.join(ATTENTION)}")
+    if name != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise UsageError(f"attention {name} runs on CUDA devices, not on {device}", hint="use --attn sdpa")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise UsageError(
+            f"attention {name} needs the package flash-attn, which is not installed",
+            hint="pip install flash-attn --no-build-isolation, or use --attn sdpa",
+        )
+    if dtype != "auto" and dtype.itemsize != 2:
+        raise UsageError(
+            f"attention {name} computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}",
+            hint="use --dtype bfloat16, or --attn sdpa",
+        )
+
+
+def attention_to_load(name: str) -> str:
+    """The back-end that a model is built on before `set_attention`: the vision encoder stays on it."""
+    return name if name in _PLAIN else "sdpa"
+
+
+def set_attention(model: Any, name: str, source: str) -> None:
+    """Put the decoder of a loaded model on a back-end that not every part of the model may support.
+
+    Raises:
+        UnsupportedError: transformers does not run this decoder on it.
+    """
+    if name in _PLAIN:
+        return
+    decoder = model.get_decoder()
+    try:
+        decoder.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UnsupportedError(
+            f"transformers does not run {source} on {name}", hint="use --attn sdpa"
+        ) from error
+    if decoder.config._attn_implementation != name:
+        raise UnsupportedError(
+            f"transformers runs {source} on {decoder.config._attn_implementation} in place of {name}",
+            hint="use --attn sdpa",
+        )

@@ -14,7 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.errors import DeviceMemoryError, ModelError, UsageError
 from plphp_cli.generate import Prefilled
-from plphp_cli.models.choices import check_attention, choose_device, choose_dtype
+from plphp_cli.models.choices import (
+    attention_to_load,
+    check_attention,
+    choose_device,
+    choose_dtype,
+    set_attention,
+)
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.loading import is_out_of_memory, quiet
 from plphp_cli.models.options import LoadOptions
@@ -42,12 +48,13 @@ def load_dummy(
         name: a name of `shapes.SHAPES`, a model folder, or a hub id, of which config.json alone is read.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
         device: see `loading.load`.
-        attn: attention back-end of prefill.
+        attn: attention back-end of prefill, one of `choices.ATTENTION`.
         seed: of the weights.
 
     Raises:
         UsageError: an option is unknown or cannot be met on this machine.
         ModelError: the model is unknown, or its config is none of a vision-language model.
+        UnsupportedError: transformers does not run such a decoder on this back-end.
         DeviceMemoryError: it does not fit; the message says how much was needed.
     """
     from transformers import AutoModelForImageTextToText
@@ -56,7 +63,7 @@ def load_dummy(
     if dtype == "auto":
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     kind = choose_dtype(dtype, where, builtin=False)
-    check_attention(attn)
+    check_attention(attn, where, kind)
     with quiet():
         config = _config(name)
         with torch.device("meta"):
@@ -111,7 +118,10 @@ def _random(config: Any, dtype: torch.dtype, device: torch.device, attn: str, se
     from transformers.initialization import no_init_weights
 
     with torch.device(device), no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attention_to_load(attn)
+        )
+    set_attention(model, attn, "this decoder")
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

@@ -26,7 +26,7 @@ class LoadedModel:
         dtype: of its weights.
         device: that it is on.
         builtin: whether it is the model that the package carries.
-        attn: attention back-end, `sdpa` or `eager`.
+        attn: attention back-end of the decoder, one of `choices.ATTENTION`.
         folder: where its files are.
         notes: what was chosen for the user, in words.
         options: how it was loaded.

@@ -7,8 +7,16 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
+from plphp_cli import parallel
 from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError, UsageError
-from plphp_cli.models.choices import check_attention, check_stored_dtype, choose_device, choose_dtype
+from plphp_cli.models.choices import (
+    attention_to_load,
+    check_attention,
+    check_stored_dtype,
+    choose_device,
+    choose_dtype,
+    set_attention,
+)
 from plphp_cli.models.hub import offline
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.options import DEFAULTS, LoadOptions
@@ -53,12 +61,13 @@ def load(name: str = BUILTIN, options: LoadOptions = DEFAULTS, **changes: Any) -
         source = locate(name)
         config_json = read_config_json(source)
         with quiet():
-            where = choose_device(options.device)
+            where = parallel.device_of_rank(choose_device(options.device), options.device)
             kind = choose_dtype(options.dtype, where, source.builtin)
-            check_attention(options.attn)
+            check_attention(options.attn, where, kind)
             check_packages(options, where)
             config = read_config(source, config_json, options.trust_remote_code)
             check_stored_dtype(config, kind, where)
+            parallel.check_heads(config, source.name)
             place = placement(source.name, config, options, kind, where)
         source = complete(source, options.trust_remote_code)
         with quiet():
@@ -66,6 +75,7 @@ def load(name: str = BUILTIN, options: LoadOptions = DEFAULTS, **changes: Any) -
             model = _model(source, config, kind, where, options, place)
     if place:
         where = main_device(model)
+    check_attention(options.attn, where, model.dtype)
     return LoadedModel(
         model=model,
         processor=processor,
@@ -276,12 +286,15 @@ def _model(
             source.folder,
             config=config,
             dtype=dtype,
-            attn_implementation=options.attn,
+            attn_implementation=attention_to_load(options.attn),
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
             **place,
+            **parallel.load_options(),
         )
+        parallel.check_loaded(model, source.name)
+        set_attention(model, options.attn, source.name)
         absent = sorted(report["missing_keys"])
         if absent:
             raise ModelError(
@@ -318,6 +331,8 @@ def _model_error(
             f"the {format_bytes(needed)} of weights of {name} do not fit on {device}{_free(device)}",
             hint="leave out --quantize to let --device-map use the machine's memory, or use a smaller model",
         )
+    if "`tp_plan`" in str(error):
+        return parallel.no_plan(name)
     if "attn_implementation" in str(error):
         return UnsupportedError(
             f"{name} does not run on the attention back-end {options.attn}", hint="use --attn eager"

@@ -21,7 +21,8 @@ class LoadOptions:
         dtype: `auto` (the checkpoint's; float32 for the built-in model on a CPU), `float32`, `bfloat16` or
             `float16`.
         device: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
-        attn: attention back-end.
+        attn: attention back-end of the decoder, one of `choices.ATTENTION`; the vision encoder has `eager` or
+            `sdpa`.
         device_map: `auto` lets accelerate spread the layers over all GPUs and the machine's memory.
         quantize: `4bit` or `8bit` quantises the weights with bitsandbytes while they are loaded.
         trust_remote_code: run code that the model brings.

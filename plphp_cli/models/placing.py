@@ -5,17 +5,25 @@ from typing import TYPE_CHECKING, Any
 
 from plphp_cli.errors import ModelError, UsageError
 from plphp_cli.models.options import LoadOptions
+from plphp_cli.parallel import world_size
 
 if TYPE_CHECKING:
     import torch
 
 
 def check_packages(options: LoadOptions, device: "torch.device") -> None:
-    """Refuse a device map or quantisation that this installation, or the device, cannot do.
+    """Refuse a device map or quantisation that this installation, the device or several ranks cannot do.
 
     Raises:
-        UsageError: accelerate or bitsandbytes is missing, or the device is not CUDA.
+        UsageError: accelerate or bitsandbytes is missing, the device is not CUDA, or there are several ranks.
     """
+    placed = {"--device-map": options.device_map, "--quantize": options.quantize}
+    for option, value in placed.items():
+        if value is not None and world_size() > 1:
+            raise UsageError(
+                f"{option} {value} does not go with torchrun, which gives each rank its share of the weights",
+                hint=f"leave out {option}, or start it without torchrun",
+            )
     if options.device_map is not None and find_spec("accelerate") is None:
         raise UsageError(
             f"--device-map {options.device_map} needs accelerate", hint="pip install 'plphp-cli[accelerate]'"
@@ -65,7 +73,8 @@ def placement(
 
     Raises:
         UsageError: it is to be quantised, and is already.
-        ModelError: it is quantised, in an unknown way, or accelerate is missing, which places such weights.
+        ModelError: it is quantised, in an unknown way, or accelerate is missing, which places such weights,
+            or several ranks would share it.
     """
     stored = stored_quantisation(config)
     arguments: dict[str, Any] = {}
@@ -78,6 +87,11 @@ def placement(
         if options.quantize is not None:
             raise UsageError(
                 f"the weights of {name} are quantised already ({stored})", hint="leave out --quantize"
+            )
+        if world_size() > 1:
+            raise ModelError(
+                f"the weights of {name} are quantised ({stored}), which several ranks cannot share",
+                hint="start it without torchrun",
             )
         if not _is_known(stored):
             raise ModelError(

@@ -9,7 +9,7 @@ from plphp_cli.reports.diff import DIFFERENT_STYLE, marked, word_diff
 from plphp_cli.reports.layers import layer_lines
 from plphp_cli.reports.summary import SINGLE_SAMPLE, remarks, verdict
 from plphp_cli.reports.text import fit, visible, wrapped
-from plphp_cli.results import ArmRecord, MemoryRecord, RatioRecord, RunRecord
+from plphp_cli.results import ArmRecord, MemoryRecord, RankRecord, RanksByArm, RatioRecord, RunRecord
 from plphp_cli.units import (
     NOT_AVAILABLE,
     format_bytes,
@@ -100,6 +100,10 @@ def _figures(record: RunRecord, width: int) -> list[Text]:
     figure("new tokens", lambda arm: format_count(arm.new_tokens))
     figure("stopped by", lambda arm: arm.stop_reason or NOT_AVAILABLE)
     figure("KV cache held (prompt)", lambda arm: format_bytes(arm.kv_bytes_held), "kv")
+    if record.ranks is not None:
+        held = [max((rank.kv_bytes_held for rank in arm), default=None) for arm in _by_arm(record.ranks)]
+        shown = [format_bytes(value) if arm else "" for value, arm in zip(held, arms, strict=True)]
+        lines.append(_row(f"  on each of {len(record.ranks.pruned)} ranks", shown, "", width))
     figure("KV cache allocated", lambda arm: format_bytes(arm.kv_bytes_allocated))
     bytes_of("GPU used, peak (NVML)", "device_used_peak_bytes")
     bytes_of("GPU, this process (NVML)", "device_process_bytes")
@@ -108,6 +112,10 @@ def _figures(record: RunRecord, width: int) -> list[Text]:
     total = next((one.device_total_bytes for one in memory if isinstance(one, MemoryRecord)), None)
     lines.append(_row("GPU total (NVML)", [format_bytes(total), ""], "", width))
     return lines
+
+
+def _by_arm(ranks: RanksByArm) -> tuple[tuple[RankRecord, ...], ...]:
+    return ranks.pruned, ranks.unpruned
 
 
 def _ratio(ratios: dict[str, RatioRecord], name: str | None) -> str:
