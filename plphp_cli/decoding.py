@@ -124,7 +124,7 @@ class DecodeBatch:
         for prompt in self.prompts:
             for layer in prompt.cache.layers:
                 if isinstance(layer, PrunableLayer):
-                    layer.make_room(self._room + 1)
+                    layer.make_room(max(self._room, 1))
         self._cache = join([prompt.cache for prompt in self.prompts])
         positions = [prompt.positions for prompt in self.prompts if prompt.positions is not None]
         self._positions = torch.cat(positions, dim=-2) if positions else None
