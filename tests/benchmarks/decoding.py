@@ -3,8 +3,8 @@
     python tests/benchmarks/decoding.py --shape llava-onevision-0.5b --vision-tokens 7290 --batch 1 4
 
 Built on what `plphp profile` measures with: every arm decodes as many tokens from caches of the same lengths
-(synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control, ratios are of
-pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE` keeps raw
+(synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control,
+ratios are of pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE` keeps raw
 samples.
 """
 
