@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class AnswerRecord:
     """One prompt's answer. Bytes are of its prompt's cache after the cut, and of what it would be uncut.
 
-    `line` is its line in the file; `expected` the answer that the file names; `stop_reason` is `eos`, `length`
-    or `interrupted`.
+    `line` is its line in the file; `expected` the answer that the file names; `stop_reason` is `eos`,
+    `length` or `interrupted`.
     """
 
     line: int | None
@@ -44,7 +44,7 @@ class AnswersRecord:
 
     Attributes:
         prefill_s: all prefills, one after another; `decode_s` all decoding, of whole batches.
-        decode_tokens_per_s: of all sequences together, first tokens (of prefill) and compiling left out.
+        decode_tokens_per_s: of all sequences together; first tokens (of prefill) and compiling left out.
         kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is, since
             each sequence keeps a buffer of its own.
         compiled: captures, batches, hit rate and seconds of compiling; None where that was not asked for.

@@ -3,9 +3,9 @@
     python tests/benchmarks/decoding.py --shape llava-onevision-0.5b --vision-tokens 7290 --batch 1 4
 
 Built on what `plphp profile` measures with: every arm decodes as many tokens from caches of the same lengths
-(synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control,
-ratios are of pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE` keeps raw
-samples.
+(synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control, and ratios are of
+pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE`
+keeps raw samples.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def shown(found):
 
 
 def prefill_point(point, repeats, limit_s):
-    """TTFT from inputs on the device, pruning's share and peaks; None where a prefill takes over the limit."""
+    """TTFT from inputs on the device, pruning's share, peaks; None where a prefill takes over the limit."""
     loaded, prompt, count = point.loaded, point.prompt, point.new_tokens
     layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
     policy = FixedRates({index: point.rates[index % len(point.rates)] for index in range(layers)})
