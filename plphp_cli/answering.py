@@ -45,8 +45,8 @@ class AnswersRecord:
     Attributes:
         prefill_s: all prefills, one after another; `decode_s` all decoding, of whole batches.
         decode_tokens_per_s: of all sequences together; first tokens and compiling are left out.
-        kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is, since
-            each sequence keeps a buffer of its own.
+        kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is,
+            since each sequence keeps a buffer of its own.
         compiled: captures, batches, hit rate and seconds of compiling; None where that was not asked for.
     """
 
