@@ -7,6 +7,7 @@ has room for. Bytes are those of keys and values together.
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -179,7 +180,13 @@ class PrunableLayer(DynamicLayer):
 
 def cache_name(model: Any) -> str:
     """What the model's forward calls its cache: `past_key_values` until transformers 5.23, then `cache`."""
-    return _NEW_NAME if _NEW_NAME in inspect.signature(model.forward).parameters else _OLD_NAME
+    return _cache_name(type(model))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _cache_name(kind: Any) -> str:
+    """By the model's class: reading a signature at every token takes its time."""
+    return _NEW_NAME if _NEW_NAME in inspect.signature(kind.forward).parameters else _OLD_NAME
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:

@@ -255,9 +255,14 @@ class ProfileSession:
         loaded = self._loaded
         assert loaded is not None
         with prune(loaded.model, self._policy, keep_attention=True) as pruner:
-            state.layers = layer_profiles(
-                prefill(loaded, _of(state), pruner, self._request.max_new_tokens).state
+            layers = layer_profiles(prefill(loaded, _of(state), pruner, self._request.max_new_tokens).state)
+        if self._request.dummy is not None:
+            # Random weights attend to nothing in particular: what they kept is known, why is not.
+            layers = tuple(
+                dataclasses.replace(layer, gamma=None, head_overlap=None, heads=(), image_shares=())
+                for layer in layers
             )
+        state.layers = layers
 
     def _time(self, state: PromptState) -> None:
         """Prefill in alternated rounds, then the passes of their own, then decoding in alternated rounds."""

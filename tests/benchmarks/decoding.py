@@ -1,10 +1,10 @@
-"""Decoding speed at true size with dummy weights: stock, unpruned, pruned, compiled. No part of the tests.
+"""Decoding at true size with dummy weights: stock, unpruned, pruned, compiled. No part of the test suite.
 
     python tests/benchmarks/decoding.py --shape llava-onevision-0.5b --vision-tokens 7290 --batch 1 4
 
-Built on what `plphp profile` measures with: every arm decodes the same number of tokens from the same lengths
-of cache (synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control, ratios are
-of pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE`
+Built on what `plphp profile` measures with: every arm decodes as many tokens from caches of the same lengths
+(synthetic keys and values), arms take turns, `unpruned` runs once more as an A/A control, and ratios are of
+pairs. `stock` is plain `model.generate` on an uncut cache. Prints a Markdown row per point; `--json FILE`
 keeps raw samples.
 """
 
@@ -30,11 +30,11 @@ from plphp_cli.profiling.peaks import measure_peaks
 from plphp_cli.profiling.schedule import alternated
 from plphp_cli.profiling.statistics import compare, median
 from plphp_cli.profiling.timing import PathArm, StockArm, Timer, time_decode, time_pruning, time_stock
+from plphp_cli.pruning import FixedRates
 from plphp_cli.units import format_bytes
 
 STOCK, UNPRUNED, PRUNED, CONTROL = "stock", "unpruned", "pruned", "control"
 COMPILED, COMPILED_UNPRUNED = "pruned, compiled", "unpruned, compiled"
-MIB = 1 << 20
 
 
 class Point:
@@ -157,11 +157,9 @@ def shown(found):
 
 
 def prefill_point(point, repeats, limit_s):
-    """Prefill, TTFT of inputs on the device, pruning's share, peaks; None where it takes over the limit."""
+    """TTFT from inputs on the device, pruning's share, peaks; None where a prefill takes over the limit."""
     loaded, prompt, count = point.loaded, point.prompt, point.new_tokens
     layers = loaded.model.config.get_text_config(decoder=True).num_hidden_layers
-    from plphp_cli.pruning import FixedRates
-
     policy = FixedRates({index: point.rates[index % len(point.rates)] for index in range(layers)})
     arms = {
         PRUNED: PathArm(loaded, prompt, policy, count, point.timer),
