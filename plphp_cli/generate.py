@@ -26,6 +26,7 @@ from plphp_cli.errors import UnsupportedError, UsageError
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy, as_policy
 from plphp_cli.sequence import LayerState, SequenceState, cut_anew
+from plphp_cli.stopping import StopTexts, check_stop
 from plphp_cli.vision import encode_images
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Settings:
             model's.
         seed: of the sampling.
         stop_at_eos: False suppresses the end of sequence, so that exactly `max_new_tokens` come (for timing).
+        stop: texts that end the answer, which then ends with the one that was met.
 
     Raises:
         UsageError: a value is out of range.
@@ -55,6 +57,7 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     stop_at_eos: bool = True
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -63,6 +66,7 @@ class Settings:
             raise UsageError(f"temperature = {self.temperature:g}; expected a number of at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p = {self.top_p:g}; expected a number in (0, 1]")
+        check_stop(self.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """The whole answer; `stop_reason` is `eos` or `length`. The ids include the end of sequence."""
+    """The whole answer; `stop_reason` is `eos`, `stop` or `length`. The ids include the end of sequence."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -279,19 +283,23 @@ def _decode(
     loaded: "LoadedModel", prefilled: Prefilled, count: int, choose: "_Sampler", watch: "_Stopwatch"
 ) -> Iterator[Token | Done]:
     text = _Text(loaded.processor)
+    stop = StopTexts(text.tokenizer, choose.stop)
     ids, logits = prefilled.input_ids, prefilled.logits
     for index in range(count):
         token = choose(ids, logits)
         token_id = int(token)
         elapsed_s = watch.elapsed()
         ids = torch.cat([ids, token], dim=-1)
-        ended = token_id in choose.eos
-        last = ended or index + 1 == count
-        yield Token(index, token_id, text.add(token_id, flush=last), elapsed_s)
+        ended = "eos" if token_id in choose.eos else "stop" if stop.met(ids) else None
+        last = ended is not None or index + 1 == count
+        piece = text.add(token_id, flush=last)
+        if ended == "stop":
+            piece = text.end_with(stop.trimmed(text.text, piece), piece)
+        yield Token(index, token_id, piece, elapsed_s)
         if last:
             break
         logits = advance(loaded, prefilled, token)[-1]
-    yield Done(text.text, tuple(text.ids), "eos" if ended else "length")
+    yield Done(text.text, tuple(text.ids), ended or "length")
 
 
 class _Sampler:
@@ -301,9 +309,14 @@ class _Sampler:
         wanted = {"temperature": settings.temperature, "top_p": settings.top_p}
         options = {name: value for name, value in wanted.items() if value is not None}
         self.sample = bool(options) and settings.temperature != 0
+        self.stop = settings.stop
         config, _ = model._prepare_generation_config(
             None,
             do_sample=self.sample,
+            # What a checkpoint's own generation config may ask for, and this loop does not do.
+            num_beams=1,
+            num_return_sequences=1,
+            guidance_scale=None,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=None if settings.stop_at_eos else settings.max_new_tokens,
             **(options if self.sample else {}),
@@ -333,13 +346,13 @@ class _Text:
     def __init__(self, processor: Any) -> None:
         self.ids: list[int] = []
         self.text = ""
-        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
         self._start = self._read = 0
 
     def add(self, token_id: int, flush: bool = False) -> str:
         """Add one id; returns the new text, with whatever is incomplete if `flush`."""
         self.ids.append(token_id)
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             return ""
         before = self._decode(self.ids[self._start : self._read])
         now = self._decode(self.ids[self._start :])
@@ -349,8 +362,13 @@ class _Text:
         self.text += now[len(before) :]
         return now[len(before) :]
 
+    def end_with(self, shorter: str, piece: str) -> str:
+        """Let the text end with `shorter` in place of its last `piece`; returns `shorter`."""
+        self.text = self.text[: len(self.text) - len(piece)] + shorter
+        return shorter
+
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _Stopwatch:

@@ -102,8 +102,20 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         config: the generation config as `generate` merges it.
         arguments: the other keyword arguments of the call.
     """
+    for refused, feature, hint in _refusals(config, arguments):
+        if refused:
+            raise UnsupportedError(f"{feature} is not supported while pruning", hint=hint)
+
+
+def left_out(config: GenerationConfig) -> list[str]:
+    """What a model's own generation config asks for and the engine of the commands leaves out, by name."""
+    return [feature for refused, feature, _ in _refusals(config, {}) if refused]
+
+
+def _refusals(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[tuple[bool, str, str]]:
+    """Per feature that is not supported: whether it was asked for, its name, what to do instead."""
     past = given_cache(arguments)
-    refusals = [
+    return [
         (config.num_beams not in (None, 1), "beam search (num_beams > 1)", "use num_beams=1"),
         (
             config.num_return_sequences not in (None, 1),
@@ -139,9 +151,6 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         (bool(config.token_healing), "token_healing", "heal the prompt before generating"),
         (arguments.get("custom_generate") is not None, "custom_generate", "use the model's own generate"),
     ]
-    for refused, feature, hint in refusals:
-        if refused:
-            raise UnsupportedError(f"{feature} is not supported while pruning", hint=hint)
 
 
 def refuse_forward(inputs: Mapping[str, Any]) -> None:
