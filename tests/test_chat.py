@@ -11,7 +11,7 @@ from reference import masked_reference
 from plphp_cli.attention import prune
 from plphp_cli.chat.conversation import Begun, Conversation
 from plphp_cli.chat.quality import judge_turn
-from plphp_cli.chat.records import CONTINUED, EACH_TURN, STARTED_OVER
+from plphp_cli.chat.records import CONTINUED, EACH_TURN, FIRST_TURN, STARTED_OVER
 from plphp_cli.generate import Done, Settings, Token, prefill, stream
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import along, kl, teacher_forced
@@ -93,7 +93,7 @@ def assert_close(logits, expected):
 
 def second_turn_equals_masked_reference(family):
     for first in family.prompts:
-        conversation = Conversation(family.loaded, CUT)
+        conversation = Conversation(family.loaded, CUT, FIRST_TURN)
         begun, answer = ask(conversation, first)
         assert (begun.how, begun.why) == (STARTED_OVER, "the first question")
         inputs = first
@@ -127,7 +127,7 @@ def test_layers_with_a_state_of_their_own_go_on_rightly(name, monkeypatch):
 def test_a_prompt_whose_tokens_all_see_each_other_starts_over(name, monkeypatch):
     family = load(name)
     forbid_markers(monkeypatch, family.model)
-    conversation = Conversation(family.loaded, CUT)
+    conversation = Conversation(family.loaded, CUT, FIRST_TURN)
     _, answer = ask(conversation, family.prompts[0])
     inputs = longer(family.prompts[0], answer, QUESTION)
     begun, again = ask(conversation, inputs)
@@ -171,7 +171,7 @@ def test_a_cut_for_each_turn_equals_a_fresh_prefill_bit_for_bit(specimen):
 )
 def test_what_the_cut_cache_cannot_stand_for_starts_over(llava, change):
     first = llava.prompts[1]
-    conversation = Conversation(llava.loaded, CUT)
+    conversation = Conversation(llava.loaded, CUT, FIRST_TURN)
     _, answer = ask(conversation, first)
     inputs = longer(first, answer, QUESTION)
     if change == "an earlier token":
@@ -198,7 +198,7 @@ def test_an_answer_that_is_spelt_otherwise_is_taken_back_first(specimen):
     if specimen.name.startswith("paligemma"):
         pytest.skip("starts over")
     first = specimen.prompts[0]
-    conversation = Conversation(specimen.loaded, CUT)
+    conversation = Conversation(specimen.loaded, CUT, FIRST_TURN)
     _, answer = ask(conversation, first)
     inputs = longer(first, answer[:2], QUESTION)
     begun, answer = ask(conversation, inputs, keep_start=True)
@@ -240,7 +240,7 @@ def interrupted_at(model, call, layer):
 def test_an_answer_interrupted_within_a_step_leaves_the_conversation_usable(name, call, monkeypatch):
     family = load(name)
     forbid_markers(monkeypatch, family.model)
-    conversation = Conversation(family.loaded, CUT)
+    conversation = Conversation(family.loaded, CUT, FIRST_TURN)
     first, shown, layers = family.prompts[0], [], None
     with interrupted_at(family.model, call, 1), contextlib.suppress(KeyboardInterrupt):
         for event in conversation.ask(as_prompt(first), SETTINGS):
@@ -260,7 +260,7 @@ def test_an_answer_interrupted_within_a_step_leaves_the_conversation_usable(name
 def test_an_answer_that_is_broken_off_between_tokens_goes_on_everywhere(specimen):
     if specimen.name.startswith("paligemma"):
         pytest.skip("starts over")
-    conversation = Conversation(specimen.loaded, CUT)
+    conversation = Conversation(specimen.loaded, CUT, FIRST_TURN)
     first, shown = specimen.prompts[0], []
     events = conversation.ask(as_prompt(first), SETTINGS)
     for event in events:
@@ -278,7 +278,7 @@ def test_an_answer_that_is_broken_off_between_tokens_goes_on_everywhere(specimen
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_question_interrupted_while_it_is_fed_can_be_asked_again(llava, layer):
-    conversation, twin = (Conversation(llava.loaded, CUT) for _ in range(2))
+    conversation, twin = (Conversation(llava.loaded, CUT, FIRST_TURN) for _ in range(2))
     first = llava.prompts[0]
     _, answer = ask(conversation, first)
     ask(twin, first)
@@ -302,18 +302,18 @@ def test_conversations_take_turns_on_one_model(name, monkeypatch):
             begun, answer = ask(conversation, inputs)
             yield begun.how, answer
 
-    alone = [list(turns(Conversation(family.loaded, CUT), first)) for first in family.prompts]
-    both = [turns(Conversation(family.loaded, CUT), first) for first in family.prompts]
+    alone = [list(turns(Conversation(family.loaded, CUT, FIRST_TURN), first)) for first in family.prompts]
+    both = [turns(Conversation(family.loaded, CUT, FIRST_TURN), first) for first in family.prompts]
     for expected in zip(*alone, strict=True):
         assert tuple(next(each) for each in both) == expected
 
 
 def test_the_quality_of_a_turn_is_that_of_its_cut(llava):
     first = llava.prompts[0]
-    conversation = Conversation(llava.loaded, CUT)
+    conversation = Conversation(llava.loaded, CUT, FIRST_TURN)
     _, answer = ask(conversation, first, keep_start=True)
     found = judge_turn(llava.loaded, conversation, as_prompt(first), SETTINGS)
-    whole = Conversation(llava.loaded, None)
+    whole = Conversation(llava.loaded, None, FIRST_TURN)
     ids = list(
         next(e for e in whole.ask(as_prompt(first), Settings(NEW_TOKENS)) if isinstance(e, Done)).token_ids
     )
@@ -342,7 +342,7 @@ def unpruned_ids(family, inputs):
 
 
 def test_a_conversation_that_cuts_nothing_costs_nothing(llava):
-    conversation = Conversation(llava.loaded, None)
+    conversation = Conversation(llava.loaded, None, FIRST_TURN)
     _, answer = ask(conversation, llava.prompts[0])
     inputs = longer(llava.prompts[0], answer, QUESTION)
     begun, _ = ask(conversation, inputs, keep_start=True)

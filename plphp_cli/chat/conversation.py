@@ -7,7 +7,7 @@ prompt spells otherwise are taken back first; the prompt that was cut cannot be.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from plphp_cli import families
 from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer, layer_bytes
-from plphp_cli.chat.records import CONTINUED, EACH_TURN, FIRST_TURN, STARTED_OVER
+from plphp_cli.chat.records import CONTINUED, EACH_TURN, STARTED_OVER
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UnsupportedError
 from plphp_cli.generate import Done, Prefilled, Settings, Token, advance, decode, prefill
@@ -63,14 +63,14 @@ class Conversation:
     Args:
         loaded: the model.
         policy: a config, a policy, or None to cut nothing.
-        recut: `first-turn` lets a cut cache go on; `each-turn` prefills and cuts anew for every question.
+        recut: `each-turn` prefills and cuts anew for every question; `first-turn` lets a cut cache go on.
 
     Attributes:
         start: a copy of the latest turn that continued, before its answer; None unless it was asked for.
     """
 
     def __init__(
-        self, loaded: "LoadedModel", policy: PLPHPConfig | Policy | None, recut: str = FIRST_TURN
+        self, loaded: "LoadedModel", policy: PLPHPConfig | Policy | None, recut: str = EACH_TURN
     ) -> None:
         self.policy, self.recut = policy, recut
         self.start: Prefilled | None = None
@@ -81,7 +81,7 @@ class Conversation:
 
     def ask(
         self, prompt: Prompt, settings: Settings, keep_start: bool = False
-    ) -> Iterator[Begun | Token | Done]:
+    ) -> Generator[Begun | Token | Done, None, None]:
         """Answer the conversation's last question: `Begun`, one `Token` per new token, `Done`.
 
         Closing it, or an exception out of it, ends the answer and leaves the conversation usable.
@@ -129,7 +129,8 @@ class Conversation:
         if self._family is not None and self._family.whole:
             return "every token of this model's prompts sees every other"
         if not _same_images(taken.inputs, inputs):
-            return "the images are others than before"
+            joined = len(prompt.images) > taken.images
+            return "an image joined" if joined else "the images are others than before"
         ids, mask = inputs["input_ids"][0].tolist(), inputs.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             return "the prompt is padded"
@@ -149,6 +150,7 @@ class _Taken:
     Attributes:
         held: the latest turn.
         inputs: those of the prompt that was prefilled and cut.
+        images: how many images it was told to have.
         ids: the tokens that the cache has seen for sure; an interrupted step may have left it with more.
         origin: how many of them are the prompt that was cut, which cannot be taken back.
         positions: of the last token of that prompt.
@@ -158,6 +160,7 @@ class _Taken:
 
     held: Prefilled
     inputs: dict[str, Any]
+    images: int
     ids: list[int]
     origin: int
     positions: Tensor | None
@@ -169,7 +172,7 @@ class _Taken:
         """What is known right after a prefill."""
         ids = prompt.inputs["input_ids"][0].tolist()
         gaps = [_gap(layer) for layer in held.cache.layers]
-        return cls(held, dict(prompt.inputs), ids, len(ids), held.positions, gaps)
+        return cls(held, dict(prompt.inputs), len(prompt.images), ids, len(ids), held.positions, gaps)
 
     def feed(self, loaded: "LoadedModel", ids: Tensor) -> int:
         """Feed what the cache has not seen of a whole prompt [1, N]; returns how many tokens that was."""

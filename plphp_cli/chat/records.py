@@ -7,9 +7,9 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.results import GenerationRecord, ImageRecord, LayerRecord
 from plphp_cli.serialize import SCHEMA_VERSION, parse
 
-# When the cache is cut: at a conversation's first question (and whenever it has to start over), or at each.
-FIRST_TURN, EACH_TURN = "first-turn", "each-turn"
-RECUTS = (FIRST_TURN, EACH_TURN)
+# When the cache is cut: for each question, or for the first (and whenever it has to start over).
+EACH_TURN, FIRST_TURN = "each-turn", "first-turn"
+RECUTS = (EACH_TURN, FIRST_TURN)
 CONTINUED, STARTED_OVER = "continued", "started over"
 
 
@@ -40,7 +40,7 @@ class TurnRecord:
     (the whole conversation was prefilled and cut anew), `why` the reason for that. `fed_tokens` of the
     `prompt_tokens` went through the model; `kv_bytes_held` is the cache of the prompt after that, and
     `kv_bytes_full` what it would be had nothing ever been cut. `images` are those that joined at this turn.
-    `stop_reason` is `eos`, `stop`, `length` or `interrupted`.
+    `stop_reason` is `eos`, `stop`, `length`, `interrupted` or `failed`.
     """
 
     question: str
