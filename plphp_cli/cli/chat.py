@@ -149,6 +149,8 @@ class _Loop:
         turn = self._session.turns[-1]
         if not self._streams:
             say(turn.answer)
+        elif not turn.answer:
+            write_stdout("")  # each question has its line, whatever the answer
         say(turn_line(turn), "dim")
         if self._judge:
             say(quality_line(turn), "dim")
