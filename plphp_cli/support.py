@@ -125,9 +125,21 @@ def _refusals(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[tu
         (
             arguments.get("assistant_model") is not None
             or config.prompt_lookup_num_tokens is not None
-            or getattr(config, "assistant_early_exit", None) is not None,
+            or getattr(config, "assistant_early_exit", None) is not None
+            or bool(getattr(config, "use_mtp", None)),
             "assisted decoding",
-            "leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit",
+            "leave out assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
+        ),
+        (
+            bool(getattr(config, "penalty_alpha", None)) and not config.do_sample,
+            "contrastive search (penalty_alpha)",
+            "leave out penalty_alpha",
+        ),
+        (getattr(config, "dola_layers", None) is not None, "DoLa (dola_layers)", "leave out dola_layers"),
+        (
+            any(getattr(config, name, None) is not None for name in ("constraints", "force_words_ids")),
+            "constrained beam search",
+            "leave out constraints and force_words_ids",
         ),
         (config.prefill_chunk_size is not None, "prefill_chunk_size", "prefill in one piece"),
         (

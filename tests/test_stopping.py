@@ -53,6 +53,18 @@ def test_ids_end_as_those_of_generate_with_stop_strings(builtin, prompt):
             assert done.text == whole.text[: whole.text.index(stop) + len(stop)]
 
 
+def test_generate_stops_in_a_prune_context_where_it_stops_without(builtin, prompt):
+    tokenizer = builtin.processor.tokenizer
+    options = {**prompt.inputs, "max_new_tokens": 24, "do_sample": False}
+    whole = builtin.model.generate(**options)
+    stop = tokenizer.decode(whole[0, prompt.prompt_tokens :], skip_special_tokens=True)[6:10]
+    expected = builtin.model.generate(**options, stop_strings=[stop], tokenizer=tokenizer)
+    assert expected.shape[1] < whole.shape[1]
+    with prune(builtin.model, PLPHPConfig(r=1, delta_r=0)):
+        output = builtin.model.generate(**options, stop_strings=[stop], tokenizer=tokenizer)
+    assert torch.equal(output, expected)
+
+
 def test_the_first_of_several_stop_texts_ends_the_answer(builtin, prompt):
     whole = answer_of(builtin, prompt).text
     early, late = whole[3:5], whole[8:11]
