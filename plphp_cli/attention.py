@@ -28,8 +28,9 @@ from plphp_cli import families
 from plphp_cli.cache import PrunableLayer, cache_name, given_cache
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
+from plphp_cli.joined import HANDLE, JoinedLayer, attend_held, attend_joined, is_joined
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
-from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone
+from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone, on_host
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
 from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
 
@@ -145,6 +146,8 @@ class Pruner:
             forward.cache.layer_class_to_replicate = None
             inputs.pop("past_key_values", None)
             inputs |= {cache_name(model): forward.cache, "use_cache": True}
+        elif is_joined(forward.cache):
+            pass  # its rows were prefilled here, and its steps are checked as it is made
         elif not any(isinstance(layer, PrunableLayer) for layer in forward.cache.layers):
             raise UnsupportedError(
                 "a non-empty past_key_values is not supported", hint="pass the whole prompt"
@@ -177,10 +180,14 @@ class Pruner:
         if forward is None:
             raise UnsupportedError("only a part of the model was called", hint="call the model itself")
         layer = forward.cache.layers[module.layer_idx]
+        if isinstance(layer, JoinedLayer):
+            return layer.step(stock, module, query, key, value, options), None
         if not isinstance(layer, PrunableLayer):
             return stock(module, query, key, value, mask, **options)
         if forward.vision is None:
             mask = _decode_mask(layer, query, mask)
+            if query.shape[-2] == 1 and (layer.fused or layer.held < layer.seen):
+                return attend_held(stock, module, query, key, value, options), None
             return stock(module, query, key, value, mask, **options)
         output = stock(module, query, key, value, mask, **options)
         with self.around_cut():
@@ -219,7 +226,8 @@ class Pruner:
                 forward.states[index] = left_alone(index, layer, kind)
             elif index not in forward.states:
                 raise UnsupportedError(f"layer {index} did not go through transformers' attention interface")
-        layers = tuple(state for _, state in sorted(forward.states.items()))
+        # Now, and not layer by layer: a copy to the host waits for the device.
+        layers = tuple(on_host(state) for _, state in sorted(forward.states.items()))
         seen = forward.cache.get_seq_length()
         return SequenceState(layers, seen, forward.vision, forward.attention)
 
@@ -326,6 +334,9 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -> Any:
     """What is registered: the back-end as the module's own file has it, under its pruner if there is one."""
+    if HANDLE in options:
+        query, key, value = tensors[:3]
+        return attend_joined(query, key, value, options), None  # inside a compiled layer
     source = sys.modules[type(module).__module__]
     interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     stock = interface.get_interface(backend, getattr(source, "eager_attention_forward", None))

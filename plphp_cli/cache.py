@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plphp_cli.errors import UnsupportedError
 
-
 _NEW_NAME, _OLD_NAME = "cache", "past_key_values"
 
 
@@ -34,6 +33,8 @@ class PrunableLayer(DynamicLayer):
     Attributes:
         seen: tokens that passed through the layer; the next token's position.
         held: tokens that are stored.
+        fused: whether one new token may attend by another kernel than stock's, which moves logits by 1e-7.
+            The decode engine says so for both arms alike; `model.generate` inside `prune` stays bit-equal.
     """
 
     is_croppable = True
@@ -42,8 +43,15 @@ class PrunableLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.seen = 0
         self.held = 0
+        self.fused = False
         self._prompt_held = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with their room, [1, K, capacity, head_dim]; once the prompt is held."""
+        assert self._buffers is not None
+        return self._buffers
 
     @property
     def prompt_is_held(self) -> bool:
@@ -84,7 +92,7 @@ class PrunableLayer(DynamicLayer):
             self.keys, self.values = key_states.detach(), value_states.detach()
             self.seen = self.held = count
             return key_states, value_states
-        self._make_room(count)
+        self.make_room(count)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.held : self.held + count] = states.detach()
         self.seen += count
@@ -102,12 +110,25 @@ class PrunableLayer(DynamicLayer):
         self._show(self.held if kept is None else kept.shape[1])
         self._prompt_held = self.held
 
+    def make_room(self, count: int) -> None:
+        """Grow the buffer, by a chunk, unless it has room for `count` new tokens."""
+        needed = self.held + count
+        if needed > self._stored()[0].shape[2]:
+            room = capacity_for(needed, None) - self.held
+            self._buffers = _gathered(self.keys, None, room), _gathered(self.values, None, room)
+            self._show(self.held)
+
+    def note_written(self, count: int) -> None:
+        """Tell of `count` tokens that a kernel wrote into the buffer behind those held (negative: forget)."""
+        self.seen += count
+        self._show(self.held + count)
+
     def fork(self, kept: Tensor | None = None, room: int | None = None) -> Self:
         """A copy with its own buffer that holds all tokens, or those of `kept` [K, n]; see `hold`."""
         twin = type(self)()
         twin.lazy_initialization(self.keys, self.values)
         twin.keys, twin.values = self.keys, self.values
-        twin.seen, twin.held = self.seen, self.held
+        twin.seen, twin.held, twin.fused = self.seen, self.held, self.fused
         twin.hold(kept, room)
         return twin
 
@@ -153,12 +174,6 @@ class PrunableLayer(DynamicLayer):
     def _show(self, held: int) -> None:
         self.held = held
         self.keys, self.values = (buffer[:, :, :held] for buffer in self._stored())
-
-    def _make_room(self, count: int) -> None:
-        needed = self.held + count
-        if needed > self._stored()[0].shape[2]:
-            room = capacity_for(needed, None) - self.held
-            self._buffers = _gathered(self.keys, None, room), _gathered(self.values, None, room)
 
 
 def cache_name(model: Any) -> str:

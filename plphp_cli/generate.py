@@ -254,6 +254,8 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
     finally:
         pruner.room = pruner.image_tokens = None
     last = None if positions is None else positions[..., -1:]
+    for layer in cache_of(output).layers:
+        layer.fused = True
     return Prefilled(ids, cache_of(output), output.logits[0, -1].float(), last, pruner.sequences[0])
 
 
@@ -382,6 +384,10 @@ class _Stopwatch:
     def elapsed(self) -> float:
         """Seconds, after the device has done all it was given."""
         return self._now() - self._start
+
+    def elapsed_on_host(self) -> float:
+        """Seconds, whatever the device is still doing."""
+        return self._clock() - self._start
 
     def pausing(self, events: Iterator[Any]) -> Iterator[Any]:
         """The events, with the time that their consumer takes left out."""

@@ -76,9 +76,13 @@ def last_token_attention(
         sinks: [H], the layer's learned sink logits, which take a share of the softmax, if it has any.
     """
     kv_heads, width = key.shape[0], key.shape[-1]
-    rows = query.float().reshape(kv_heads, -1, width)
-    blocks = [torch.matmul(rows, block.float().mT) for block in key.split(_BLOCK, dim=1)]
-    logits = torch.cat(blocks, dim=-1).flatten(0, 1) * scaling
+    rows = query.reshape(kv_heads, -1, width)
+    if key.is_cuda and key.dtype in (torch.bfloat16, torch.float16):
+        # The products of two such numbers are exact in float32, which cuBLAS can sum and return.
+        logits = torch.bmm(rows, key.mT, out_dtype=torch.float32).flatten(0, 1) * scaling
+    else:
+        blocks = [torch.matmul(rows.float(), block.float().mT) for block in key.split(_BLOCK, dim=1)]
+        logits = torch.cat(blocks, dim=-1).flatten(0, 1) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if sinks is None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,18 +80,20 @@ def decide(
     cut = policy.cut(index, attention, positions, vision.spans, kv_heads)
     if cut.kept.shape[1] == positions.numel():
         return cut, None
-    return cut, kept_positions(cut.kept, positions, attention.shape[1])
+    text = vision.text(attention.shape[1]).to(attention.device)
+    return cut, torch.cat([text.expand(kv_heads, -1), cut.kept], dim=-1).sort(dim=-1).values
 
 
-def kept_positions(kept: Tensor, vision: Tensor, prompt_tokens: int) -> Tensor:
-    """Prompt positions that each head holds, LongTensor [K, n], ascending: text and `kept` [K, n_l]."""
-    text = torch.ones(prompt_tokens, dtype=torch.bool, device=vision.device)
-    text[vision] = False
-    return torch.cat([text.nonzero().T.expand(kept.shape[0], -1), kept], dim=-1).sort(dim=-1).values
+def on_host(state: LayerState) -> LayerState:
+    """The state with what was kept on the CPU, in memory of its own."""
+    return state if state.kept is None else replace(state, kept=state.kept.to("cpu", copy=True))
 
 
 def layer_state(index: int, layer: PrunableLayer, vision: VisionTokens, cut: Cut | None) -> LayerState:
-    """The state of a layer whose prompt is held; `cut` is None where nothing was scored."""
+    """The state of a layer whose prompt is held; `cut` is None where nothing was scored.
+
+    What was kept is still where the cut was made: see `on_host`.
+    """
     held, allocated = layer_bytes(layer)
     return LayerState(
         index=index,
@@ -99,7 +101,7 @@ def layer_state(index: int, layer: PrunableLayer, vision: VisionTokens, cut: Cut
         group=cut.group if cut else None,
         rate=cut.rate if cut else None,
         vision_tokens=cut.kept.shape[1] if cut else vision.positions.numel(),
-        kept=cut.kept.to("cpu", copy=True) if cut else None,
+        kept=cut.kept if cut else None,
         held_bytes=held,
         full_bytes=layer.seen * layer.token_bytes,
         allocated_bytes=allocated,
@@ -144,5 +146,5 @@ def cut_anew(
         if policy is not None:
             cut, kept = decide(policy, index, state.attention[index], state.vision, layer.keys.shape[1])
         twin.layers[index] = fork = layer.fork(kept, room)
-        states[index] = layer_state(index, fork, state.vision, cut)
+        states[index] = on_host(layer_state(index, fork, state.vision, cut))
     return twin, SequenceState(tuple(states), state.prompt_tokens, state.vision, state.attention)

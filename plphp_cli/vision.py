@@ -32,6 +32,15 @@ class VisionTokens:
     positions: Tensor
     spans: tuple[Span, ...] | None
 
+    def text(self, prompt_tokens: int) -> Tensor:
+        """LongTensor [N - n_v] of the other positions, ascending; made once, since every layer asks."""
+        known = vars(self).setdefault("_text", {})
+        if prompt_tokens not in known:
+            others = torch.ones(prompt_tokens, dtype=torch.bool, device=self.positions.device)
+            others[self.positions] = False
+            known[prompt_tokens] = others.nonzero().squeeze(-1)
+        return known[prompt_tokens]
+
 
 def image_token_id(config: Any) -> int | None:
     """The id that stands for one vision token in a prompt; None if the model's config names none."""

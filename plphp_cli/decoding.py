@@ -1,0 +1,235 @@
+"""Steps of several prompts at once: one token each, from one reading of the weights.
+
+    with prune(model, config) as pruner:
+        prompts = [prefill(loaded, prompt, pruner, room) for prompt in ...]  # each with its cut
+        for event in decode_batch(loaded, prompts, Settings(64)):
+            ...  # Row(index, Token) as they come, Row(index, Done) as each ends and leaves the batch
+
+One prompt is a batch of one. With a `StepCompiler` the steps are compiled; without, they run in Python.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from plphp_cli.cache import PrunableLayer
+from plphp_cli.compiled import Step, StepCompiler
+from plphp_cli.errors import UnsupportedError
+from plphp_cli.generate import (
+    Clock,
+    Done,
+    Prefilled,
+    Settings,
+    Token,
+    _forward,
+    _Sampler,
+    _Stopwatch,
+    _Text,
+)
+from plphp_cli.joined import join
+
+if TYPE_CHECKING:
+    from plphp_cli.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one sequence of a batch, by its place among the prompts given."""
+
+    index: int
+    event: Token | Done
+
+
+class DecodeBatch:
+    """Prefilled prompts that take their steps together, inside `prune`. Their caches are filled further.
+
+    Args:
+        loaded: the model.
+        prompts: one or more, each with a cache of its own.
+        room: new tokens that each will take at most.
+        compiler: compiles the steps, where it can.
+
+    Raises:
+        UnsupportedError: prompts of this model cannot share a step.
+    """
+
+    def __init__(
+        self,
+        loaded: "LoadedModel",
+        prompts: Sequence[Prefilled],
+        room: int,
+        compiler: StepCompiler | None = None,
+    ) -> None:
+        self.prompts = list(prompts)
+        self._loaded, self._room, self._compiler = loaded, room, compiler
+        self._cache: Any = None
+        self._positions: Tensor | None = None
+        self._compiled: Step | None = None
+        self._steps = 0
+        if len(prompts) > 1 and any(prompt.positions is None for prompt in prompts):
+            raise UnsupportedError(
+                "a batch of prompts: this model counts positions by itself, one prompt's only",
+                hint="leave out --batch-size",
+            )
+        self._join()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its steps are compiled."""
+        return self._compiled is not None
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Feed one token to each prompt, ids [B, 1]; returns logits [B, vocab], good until the next step."""
+        self._steps += 1
+        if self._compiled is not None:
+            return self._compiled(ids)
+        if self._positions is not None:
+            self._positions = self._positions + 1
+        logits = run_step(self._loaded, ids, self._cache, self._positions)
+        lengths = getattr(self._cache, "lengths", None)
+        if lengths is not None:
+            lengths.add_(1)
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these prompts, by their places in the batch; the others have left it."""
+        self.settle()
+        self.prompts = [self.prompts[row] for row in rows]
+        if self.prompts:
+            self._join()
+
+    def settle(self, unread: int = 0) -> None:
+        """Let each prompt know the tokens it took, all but the last `unread` that nobody asked for."""
+        taken = self._steps - unread
+        self._steps, self._room = 0, self._room - taken
+        for prompt in self.prompts:
+            if prompt.positions is not None:
+                prompt.positions = prompt.positions + taken
+        if getattr(self._cache, "lengths", None) is not None:
+            for layer in self._cache.layers:
+                for row in layer.rows:
+                    row.note_written(taken)
+        elif unread:
+            for prompt in self.prompts:
+                for row in prompt.cache.layers:
+                    row.crop(-unread)
+
+    def _join(self) -> None:
+        self._steps = 0
+        for prompt in self.prompts:
+            for layer in prompt.cache.layers:
+                if isinstance(layer, PrunableLayer):
+                    layer.make_room(self._room + 1)
+        self._cache = join([prompt.cache for prompt in self.prompts])
+        positions = [prompt.positions for prompt in self.prompts if prompt.positions is not None]
+        self._positions = torch.cat(positions, dim=-2) if positions else None
+        self._compiled = None
+        if self._compiler is not None:
+            self._compiled = self._compiler.step_for(self._cache, self._positions)
+
+
+def run_step(loaded: "LoadedModel", ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
+    """A step of a joined cache, in Python: ids [B, 1], positions [..., B, 1] -> float32 logits [B, vocab]."""
+    return _forward(loaded.model, ids, cache, positions).logits[:, -1].float()
+
+
+def step_compiler(loaded: "LoadedModel") -> StepCompiler:
+    """A compiler of this model's steps, to be kept for as long as prompts are decoded."""
+    return StepCompiler(loaded, lambda ids, cache, positions: run_step(loaded, ids, cache, positions))
+
+
+@torch.no_grad()
+def decode_batch(
+    loaded: "LoadedModel",
+    prompts: Sequence[Prefilled],
+    settings: Settings,
+    compiler: StepCompiler | None = None,
+    *,
+    clock: Clock = time.perf_counter,
+) -> Iterator[Row]:
+    """Decode prefilled prompts together, inside `prune`; `elapsed_s` counts from the start of decoding.
+
+    The next step starts before its token is read: the device never waits for Python. A sequence that ends
+    leaves the batch; what it ran further by then is forgotten.
+    """
+    count = settings.max_new_tokens
+    rows = [_Sequence(loaded, prompt, index, settings) for index, prompt in enumerate(prompts)]
+    # On a CPU a step ahead would only delay the token.
+    overlap = prompts[0].input_ids.device.type == "cuda"
+    watch = _Stopwatch(clock, prompts[0].input_ids.device)
+    logits = torch.stack([prompt.logits for prompt in prompts])
+    batch: DecodeBatch | None = None
+    for index in range(count):
+        tokens = torch.cat([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
+        reading, more = _Reading(tokens), index + 1 < count
+        batch = batch or (DecodeBatch(loaded, prompts, count - 1, compiler) if more else None)
+        if overlap and more and batch is not None:
+            logits = batch.step(tokens)
+        ids = reading.ids()
+        elapsed_s = watch.elapsed_on_host()
+        for row, token_id in zip(rows, ids, strict=True):
+            if not row.ended:
+                yield from watch.pausing(iter(row.take(index, token_id, elapsed_s, last=not more)))
+        going = [place for place, row in enumerate(rows) if not row.ended]
+        if not going or batch is None or not more:
+            break
+        # A captured step is for so many rows: those that ended stay, unread, until half are gone.
+        if len(going) < len(rows) and not (batch.compiled and len(going) > len(rows) // 2):
+            rows, logits = [rows[place] for place in going], logits[going]
+            tokens = tokens[going]
+            batch.keep(going)
+        if not overlap:
+            logits = batch.step(tokens)
+    if batch is not None:
+        batch.settle(unread=int(overlap and more))
+
+
+class _Sequence:
+    """One prompt's own sampler, ids and text."""
+
+    def __init__(self, loaded: "LoadedModel", prompt: Prefilled, index: int, settings: Settings) -> None:
+        self._index = index
+        self._choose = _Sampler(loaded.model, prompt.input_ids, settings)
+        self._text = _Text(loaded.processor)
+        self._ids = prompt.input_ids
+        self.ended = False
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token [1, 1]."""
+        token = self._choose(self._ids, logits)
+        self._ids = torch.cat([self._ids, token], dim=-1)
+        return token
+
+    def take(self, index: int, token_id: int, elapsed_s: float, last: bool) -> list[Row]:
+        """The token's event, and `Done` where it is the answer's last."""
+        ended = token_id in self._choose.eos
+        self.ended = ended or last
+        text = self._text.add(token_id, flush=last or ended)
+        events = [Row(self._index, Token(index, token_id, text, elapsed_s))]
+        if last or ended:
+            done = Done(self._text.text, tuple(self._text.ids), "eos" if ended else "length")
+            events.append(Row(self._index, done))
+        return events
+
+
+class _Reading:
+    """Tokens [B, 1] on their way to the host, while the device goes on."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._host, self._event = tokens, None
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ids(self) -> list[int]:
+        """The ids, as soon as they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host[:, 0].tolist()
