@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from plphp_cli.answer_text import AnswerText, check_stop
 from plphp_cli.attention import Pruner, prune
 from plphp_cli.cache import cache_name, cache_of, fork_cache
 from plphp_cli.config import PLPHPConfig
@@ -26,7 +27,6 @@ from plphp_cli.errors import UnsupportedError, UsageError
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy, as_policy
 from plphp_cli.sequence import LayerState, SequenceState, cut_anew
-from plphp_cli.stopping import StopTexts, check_stop
 from plphp_cli.vision import encode_images
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def decode_after(
     rest = Prefilled(longer, prefilled.cache, logits, prefilled.positions, prefilled.state)
     *_, done = decode(loaded, rest, Settings(max_new_tokens - len(ids)))
     assert isinstance(done, Done)
-    whole, text = (*ids, *done.token_ids), _Text(loaded.processor)
+    whole, text = (*ids, *done.token_ids), AnswerText(loaded.processor)
     for place, token_id in enumerate(whole, 1):
         text.add(token_id, flush=place == len(whole))
     return Done(text.text, whole, done.stop_reason)
@@ -284,24 +284,19 @@ def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **
 def _decode(
     loaded: "LoadedModel", prefilled: Prefilled, count: int, choose: "_Sampler", watch: "_Stopwatch"
 ) -> Iterator[Token | Done]:
-    text = _Text(loaded.processor)
-    stop = StopTexts(text.tokenizer, choose.stop)
+    text = AnswerText(loaded.processor, choose.stop, choose.eos)
     ids, logits = prefilled.input_ids, prefilled.logits
     for index in range(count):
         token = choose(ids, logits)
         token_id = int(token)
         elapsed_s = watch.elapsed()
         ids = torch.cat([ids, token], dim=-1)
-        ended = "eos" if token_id in choose.eos else "stop" if stop.met(ids) else None
-        last = ended is not None or index + 1 == count
-        piece = text.add(token_id, flush=last)
-        if ended == "stop":
-            piece = text.end_with(stop.trimmed(text.text, piece), piece)
+        piece, reason = text.take(token_id, ids, last=index + 1 == count)
         yield Token(index, token_id, piece, elapsed_s)
-        if last:
-            break
+        if reason is not None:
+            yield Done(text.text, tuple(text.ids), reason)
+            return
         logits = advance(loaded, prefilled, token)[-1]
-    yield Done(text.text, tuple(text.ids), ended or "length")
 
 
 class _Sampler:
@@ -336,41 +331,6 @@ class _Sampler:
         if self.sample:
             return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
         return scores.argmax(dim=-1, keepdim=True)
-
-
-class _Text:
-    """Text of a growing list of ids, given out as far as it is sure.
-
-    The last tokens are decoded again behind those before them, because a tokenizer may spell a token by its
-    neighbours (leading spaces) and a character may take several tokens (then it ends in U+FFFD and waits).
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self.ids: list[int] = []
-        self.text = ""
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._start = self._read = 0
-
-    def add(self, token_id: int, flush: bool = False) -> str:
-        """Add one id; returns the new text, with whatever is incomplete if `flush`."""
-        self.ids.append(token_id)
-        if self.tokenizer is None:
-            return ""
-        before = self._decode(self.ids[self._start : self._read])
-        now = self._decode(self.ids[self._start :])
-        if not flush and (now.endswith("\ufffd") or len(now) <= len(before)):
-            return ""
-        self._start, self._read = self._read, len(self.ids)
-        self.text += now[len(before) :]
-        return now[len(before) :]
-
-    def end_with(self, shorter: str, piece: str) -> str:
-        """Let the text end with `shorter` in place of its last `piece`; returns `shorter`."""
-        self.text = self.text[: len(self.text) - len(piece)] + shorter
-        return shorter
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _Stopwatch:

@@ -7,6 +7,7 @@ from families import as_prompt, load
 from laws import CUT, answer, snapshot
 from toy_model import toy_tokenizer
 
+from plphp_cli.answer_text import AnswerText
 from plphp_cli.attention import prune
 from plphp_cli.errors import UnsupportedError, UsageError
 from plphp_cli.generate import (
@@ -14,7 +15,6 @@ from plphp_cli.generate import (
     PrefillDone,
     Settings,
     Token,
-    _Text,
     advance,
     decode,
     decode_after,
@@ -219,7 +219,7 @@ def test_time_that_the_consumer_takes_does_not_count(llava):
 def test_pieces_of_text_join_to_the_whole(text):
     tokenizer = toy_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = _Text(SimpleNamespace(tokenizer=tokenizer))
+    pieces = AnswerText(SimpleNamespace(tokenizer=tokenizer))
     joined = [pieces.add(token, flush=i + 1 == len(ids)) for i, token in enumerate(ids)]
     assert "".join(joined) == pieces.text == tokenizer.decode(ids, skip_special_tokens=True)
     assert not any("\ufffd" in piece for piece in joined)
@@ -230,9 +230,9 @@ def test_an_incomplete_character_waits_and_is_shown_at_the_end():
     tokenizer = toy_tokenizer()
     ids = tokenizer.encode("🙂", add_special_tokens=False)
     assert len(ids) == 4
-    pieces = _Text(tokenizer)
+    pieces = AnswerText(tokenizer)
     assert [pieces.add(token) for token in ids] == ["", "", "", "🙂"]
-    pieces = _Text(tokenizer)
+    pieces = AnswerText(tokenizer)
     assert [pieces.add(ids[0]), pieces.add(ids[1], flush=True)] == ["", "\ufffd"]
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from plphp_cli import models
+from plphp_cli.answer_text import AnswerText, until_stop
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import decode_batch
 from plphp_cli.errors import UsageError
-from plphp_cli.generate import Done, Settings, Token, stream
-from plphp_cli.stopping import StopTexts, until_stop
+from plphp_cli.generate import Done, Settings, Token, prefill, stream
 
 CUT = PLPHPConfig(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
 
@@ -75,6 +76,19 @@ def test_the_first_of_several_stop_texts_ends_the_answer(builtin, prompt):
         assert done.token_ids == generated(builtin, prompt, *stop)
 
 
+def test_each_prompt_of_a_batch_ends_at_its_own_stop_text(builtin, images):
+    prompts = [models.prepare(builtin, [image], "describe the image.") for image in images]
+    words = [answer_of(builtin, prompt).text for prompt in prompts]
+    stops = tuple({word[6:10] for word in words})
+    expected = [answer_of(builtin, prompt, *stops) for prompt in prompts]
+    assert {done.stop_reason for done in expected} == {"stop"}
+    with prune(builtin.model, CUT) as pruner:
+        runs = [prefill(builtin, prompt, pruner, 24) for prompt in prompts]
+        rows = list(decode_batch(builtin, runs, Settings(24, stop=stops)))
+    found = {row.index: row.event for row in rows if isinstance(row.event, Done)}
+    assert [found[index] for index in range(len(prompts))] == expected
+
+
 def test_a_stop_text_that_does_not_come_changes_nothing(builtin, prompt):
     assert answer_of(builtin, prompt, "zebra\n") == answer_of(builtin, prompt)
 
@@ -108,8 +122,8 @@ def test_a_stop_text_that_no_answer_holds_is_refused(stop, named):
 
 def test_stop_texts_need_a_tokenizer():
     with pytest.raises(UsageError, match="tokenizer"):
-        StopTexts(None, ["x"])
-    assert not StopTexts(None, []).met(torch.tensor([[1]]))
+        AnswerText(None, ["x"])
+    assert AnswerText(None, eos={1}).take(1, torch.tensor([[1]]), last=False) == ("", "eos")
 
 
 def test_what_a_checkpoints_own_config_asks_for_does_not_change_the_answer(builtin, prompt, monkeypatch):
