@@ -62,8 +62,9 @@ def run(
 ) -> int:
     """Answer a prompt about images with PLPHP, then without, and compare text, speed and memory.
 
-    On a terminal a live view shows both; otherwise stdout is the answer alone. With --chat, questions are
-    asked one after the other; each answer is compared with the unpruned full prompt unless --no-baseline.
+    On a terminal a live view shows both; otherwise stdout is the answer alone.
+
+    With --chat, each answer is compared with that to the unpruned full prompt.
     """
     opt.check_json_target(json, force)
     generation = opt.check_generation(max_new_tokens, temperature, top_p, seed, stop)
@@ -79,10 +80,7 @@ def run(
     chosen, origin = opt.choose_config(model, config, knobs)
     recut = _check_chat(chat, recut, image, prompt, raw_prompt)
     text = "" if chat and prompt is None else opt.read_prompt(prompt)
-    if system is not None:
-        opt.check_text("system message", system)
-        if raw_prompt:
-            raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
+    _check_system(system, raw_prompt)
     shown = tuple(load_image(path, max_pixels) for path in image or ())
     opt.check_model(model)
     request = RunRequest(
@@ -124,6 +122,13 @@ def _check_chat(
             "--chat reads its questions from stdin, one a line", hint="leave out --prompt -, or give the text"
         )
     return recut or RECUTS[0]
+
+
+def _check_system(system: str | None, raw_prompt: bool) -> None:
+    if system is not None:
+        opt.check_text("system message", system)
+        if raw_prompt:
+            raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
 
 
 def execute(request: "RunRequest", *, json_target: str | None, force: bool, live: bool) -> int:
