@@ -63,8 +63,6 @@ def run(
     """Answer a prompt about images with PLPHP, then without, and compare text, speed and memory.
 
     On a terminal a live view shows both; otherwise stdout is the answer alone.
-
-    With --chat, each answer is compared with that to the unpruned full prompt.
     """
     opt.check_json_target(json, force)
     generation = opt.check_generation(max_new_tokens, temperature, top_p, seed, stop)
@@ -79,8 +77,7 @@ def run(
     )
     chosen, origin = opt.choose_config(model, config, knobs)
     recut = _check_chat(chat, recut, image, prompt, raw_prompt)
-    text = "" if chat and prompt is None else opt.read_prompt(prompt)
-    _check_system(system, raw_prompt)
+    text = _read_texts(chat, prompt, system, raw_prompt)
     shown = tuple(load_image(path, max_pixels) for path in image or ())
     opt.check_model(model)
     request = RunRequest(
@@ -124,11 +121,14 @@ def _check_chat(
     return recut or RECUTS[0]
 
 
-def _check_system(system: str | None, raw_prompt: bool) -> None:
+def _read_texts(chat: bool, prompt: str | None, system: str | None, raw_prompt: bool) -> str:
+    """The prompt (empty for a conversation that begins at the terminal), both texts checked."""
+    text = "" if chat and prompt is None else opt.read_prompt(prompt)
     if system is not None:
         opt.check_text("system message", system)
         if raw_prompt:
             raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
+    return text
 
 
 def execute(request: "RunRequest", *, json_target: str | None, force: bool, live: bool) -> int:
