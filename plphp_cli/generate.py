@@ -173,12 +173,13 @@ def stream(
     ids = prompt.inputs["input_ids"]
     with prune(loaded.model, policy) as pruner:
         choose = _Sampler(loaded.model, ids, settings)
+        text = AnswerText(loaded.processor, settings.stop, choose.eos)  # not timed: it reads the vocabulary
         watch = _Stopwatch(clock, ids.device)
         prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
         state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()
         done = PrefillDone(watch.elapsed(), state.layers, state.prompt_tokens, vision_tokens)
         yield from watch.pausing(iter([done]))
-        yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
+        yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, text, watch))
 
 
 def decode(
@@ -186,8 +187,9 @@ def decode(
 ) -> Iterator[Token | Done]:
     """Decode from a prefilled prompt, inside `prune`; `elapsed_s` counts from the start of decoding."""
     choose = _Sampler(loaded.model, prefilled.input_ids, settings)
+    text = AnswerText(loaded.processor, settings.stop, choose.eos)
     watch = _Stopwatch(clock, prefilled.input_ids.device)
-    yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
+    yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, text, watch))
 
 
 def own_place(loaded: "LoadedModel", prefilled: Prefilled, ids: Sequence[int], logits: Tensor) -> int | None:
@@ -282,9 +284,13 @@ def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **
 
 
 def _decode(
-    loaded: "LoadedModel", prefilled: Prefilled, count: int, choose: "_Sampler", watch: "_Stopwatch"
+    loaded: "LoadedModel",
+    prefilled: Prefilled,
+    count: int,
+    choose: "_Sampler",
+    text: AnswerText,
+    watch: "_Stopwatch",
 ) -> Iterator[Token | Done]:
-    text = AnswerText(loaded.processor, choose.stop, choose.eos)
     ids, logits = prefilled.input_ids, prefilled.logits
     for index in range(count):
         token = choose(ids, logits)
@@ -306,7 +312,6 @@ class _Sampler:
         wanted = {"temperature": settings.temperature, "top_p": settings.top_p}
         options = {name: value for name, value in wanted.items() if value is not None}
         self.sample = bool(options) and settings.temperature != 0
-        self.stop = settings.stop
         config, _ = model._prepare_generation_config(
             None,
             do_sample=self.sample,
