@@ -7,6 +7,7 @@ has room for. Bytes are those of keys and values together.
 import copy
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -94,7 +95,7 @@ class PrunableLayer(DynamicLayer):
             return key_states, value_states
         self.make_room(count)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.held : self.held + count] = states.detach()
+            buffer.narrow(2, self.held, count).copy_(states.detach() if states.requires_grad else states)
         self.seen += count
         self._show(self.held + count)
         return self.keys, self.values
@@ -173,12 +174,19 @@ class PrunableLayer(DynamicLayer):
 
     def _show(self, held: int) -> None:
         self.held = held
-        self.keys, self.values = (buffer[:, :, :held] for buffer in self._stored())
+        keys, values = self._stored()
+        self.keys, self.values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
 
 
 def cache_name(model: Any) -> str:
     """What the model's forward calls its cache: `past_key_values` until transformers 5.23, then `cache`."""
-    return _NEW_NAME if _NEW_NAME in inspect.signature(model.forward).parameters else _OLD_NAME
+    return _cache_name(type(model))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _cache_name(kind: Any) -> str:
+    """By the model's class: reading a signature at every token takes its time."""
+    return _NEW_NAME if _NEW_NAME in inspect.signature(kind.forward).parameters else _OLD_NAME
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,7 +151,8 @@ class StepCompiler:
                     changed.append(layer)
                     for part in layer.modules() if row else ():
                         if type(part) is nn.Linear and part.bias is not None:
-                            vars(part)["forward"] = partial(_bias_apart, part)
+                            # A method, not a partial: compiled code would tell those apart by layer.
+                            vars(part)["forward"] = MethodType(_bias_apart, part)
                             changed.append(part)
                 yield
             finally:

@@ -10,7 +10,7 @@ One prompt is a batch of one. With a `StepCompiler` the steps are compiled; with
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,20 +18,27 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from plphp_cli.answer_text import AnswerText
+from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.compiled import Step, StepCompiler
+from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UnsupportedError
 from plphp_cli.generate import (
     Clock,
     Done,
+    Event,
+    PrefillDone,
     Prefilled,
     Settings,
     Token,
     _forward,
     _Sampler,
     _Stopwatch,
+    prefill,
 )
 from plphp_cli.joined import join
+from plphp_cli.prompt import Prompt
+from plphp_cli.pruning import Policy
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -124,7 +131,7 @@ class DecodeBatch:
         for prompt in self.prompts:
             for layer in prompt.cache.layers:
                 if isinstance(layer, PrunableLayer):
-                    layer.make_room(self._room + 1)
+                    layer.make_room(max(self._room, 1))
         self._cache = join([prompt.cache for prompt in self.prompts])
         positions = [prompt.positions for prompt in self.prompts if prompt.positions is not None]
         self._positions = torch.cat(positions, dim=-2) if positions else None
@@ -231,3 +238,27 @@ class _Reading:
         if self._event is not None:
             self._event.synchronize()
         return self._host[:, 0].tolist()
+
+
+def stream_compiled(
+    loaded: "LoadedModel",
+    prompt: Prompt,
+    policy: PLPHPConfig | Policy | None,
+    settings: Settings,
+    compiler: StepCompiler,
+    *,
+    clock: Clock = time.perf_counter,
+) -> Iterator[Event]:
+    """As `generate.stream`, with compiled steps where `compiler` can."""
+    device = prompt.inputs["input_ids"].device
+    with prune(loaded.model, policy) as pruner:
+        watch = _Stopwatch(clock, device)
+        prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
+        state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()
+        prefill_s = watch.elapsed()
+        yield PrefillDone(prefill_s, state.layers, state.prompt_tokens, vision_tokens)
+        for row in decode_batch(loaded, [prefilled], settings, compiler, clock=clock):
+            event = row.event
+            if isinstance(event, Token):
+                event = replace(event, elapsed_s=prefill_s + event.elapsed_s)
+            yield event

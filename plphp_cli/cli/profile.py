@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from plphp_cli.cli import dummy_options as dummy
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
@@ -22,6 +23,7 @@ from plphp_cli.cli.output import (
     write_stdout,
 )
 from plphp_cli.cli.questions import read_questions
+from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.files import check_writable
 from plphp_cli.profiling.pace import Progress
@@ -91,6 +93,14 @@ def profile(
     compare_stock: CompareStockOption = False,
     repeats: RepeatsOption = 9,
     warmup: WarmupOption = 1,
+    batch_size: dummy.BatchSizeOption = 1,
+    compile: dummy.CompileOption = False,
+    dummy_weights: dummy.DummyWeightsOption = False,
+    vision_tokens: dummy.VisionTokensOption = None,
+    images: dummy.ImagesOption = None,
+    text_tokens: dummy.TextTokensOption = None,
+    layer_rates: dummy.LayerRatesOption = None,
+    rates_from: dummy.RatesFromOption = None,
     json: opt.JsonOption = None,
     csv: CsvOption = None,
     html: HtmlOption = None,
@@ -113,10 +123,25 @@ def profile(
         head_reduce=head_reduce,
         skip_layers=skip_layers,
     )
-    chosen, origin = opt.choose_config(model, config, knobs)
-    say(f"config: {origin}: {config_line(chosen)}")
+    if batch_size < 1:
+        raise UsageError(f"batch-size = {batch_size}; expected 1 or more")
+    plan = dummy.dummy_plan(dummy_weights, vision_tokens, images, text_tokens, layer_rates, rates_from)
+    if plan is None:
+        chosen, origin = opt.choose_config(model, config, knobs)
+        say(f"config: {origin}: {config_line(chosen)}")
+        questions = read_questions(image, prompt, data, system, max_pixels)
+    else:
+        if knobs or config is not None:
+            raise UsageError(
+                "random weights give no scores, so --dummy-weights takes no knobs of pruning",
+                hint="give the layers' rates with --layer-rates or --rates-from",
+            )
+        questions = dummy.dummy_questions(plan, image, prompt, data)
+        dummy.check_dummy_model(model)
+        chosen = PLPHPConfig()
+        say(f"{dummy.NOTE}; layer rates {', '.join(f'{rate:g}' for rate in plan.layer_rates[:8])}")
     request = ProfileRequest(
-        questions=read_questions(image, prompt, data, system, max_pixels),
+        questions=questions,
         config=chosen,
         arms=_arms(compare_baseline, compare_stock),
         model=model,
@@ -128,6 +153,9 @@ def profile(
         warmup=warmup,
         max_new_tokens=max_new_tokens,
         command=tuple(context.obj or sys.argv),
+        batch_size=batch_size,
+        compile=compile,
+        dummy=plan,
     )
     return execute(request, files, force)
 

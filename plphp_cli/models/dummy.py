@@ -5,11 +5,11 @@ decoder is run inside LLaVA's class, whose own part in a step is nil; multimodal
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.errors import DeviceMemoryError, ModelError, UsageError
@@ -145,7 +145,7 @@ def dummy_prompt(
         torch.randn(share, width, device=device, generator=random).mul_(_STD).to(loaded.dtype)
         for share in shares
     ]
-    encoded: Any = {"image": SimpleNamespace(pooler_output=features)}
+    encoded: Any = {"image": BaseModelOutputWithPooling(pooler_output=features)}
     return Prompt(
         inputs={"input_ids": whole.to(device), "mm_encoder_outputs": encoded},
         text="",

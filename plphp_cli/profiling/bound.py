@@ -54,6 +54,7 @@ class Load:
         new_tokens: T.
         transient_bytes: per arm, peak of prefill beyond the weights and the cache it leaves.
         context_tokens: the longest prompt that the model takes; None when not known.
+        batch_size: prompts that a step serves.
     """
 
     weight_bytes: int
@@ -70,6 +71,7 @@ class Load:
     new_tokens: int
     transient_bytes: Mapping[str, int] = field(default_factory=dict)
     context_tokens: int | None = None
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
     """The whole bound of one profile."""
     cache = {arm: cache_bytes(load, arm) for arm in (PRUNED, UNPRUNED, STOCK)}
     steps = {
-        arm: step_time(load, limits, size, attended=_attended(size, arm))
+        arm: step_time(
+            load, limits, size / load.batch_size, load.batch_size, _attended(size / load.batch_size, arm)
+        )
         for arm, size in cache.items()
         if size is not None
     }
@@ -122,13 +126,13 @@ def bound(load: Load, limits: Limits, measured: Measured) -> BoundRecord:
 
 
 def cache_bytes(load: Load, arm: str) -> float | None:
-    """Bytes of cache that one decoding step moves in an arm, mean over the answer; None if it did not run."""
+    """Bytes of cache that one step of the whole batch moves, mean over the answer; None if it did not run."""
     held = load.kv_bytes_held.get(arm)
     if held is None and arm == UNPRUNED:
         held = round(load.kv_bytes_full)
     if held is None:
         return None
-    once = held + load.token_bytes * load.new_tokens / 2
+    once = (held + load.token_bytes * load.new_tokens / 2) * load.batch_size
     # Stock concatenates: the old cache is read, written anew, and read by attention.
     return 3 * once if arm == STOCK else once
 
@@ -256,7 +260,9 @@ def _over(values: Mapping[str, float]) -> float | None:
 def _operations(load: Load, cache: float | None, arm: str) -> int | None:
     if cache is None:
         return None
-    return round(load.weight_operations + _attended(cache, arm) * load.operations_per_kv_byte)
+    return round(
+        load.weight_operations * load.batch_size + _attended(cache, arm) * load.operations_per_kv_byte
+    )
 
 
 def _attended(cache: float, arm: str) -> float:

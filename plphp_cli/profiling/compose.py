@@ -1,5 +1,6 @@
 """From what was measured of each prompt to the record: medians per prompt, then sums over prompts."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,8 @@ from plphp_cli.profiling.records import (
     ArmProfile,
     ArmsRecord,
     BoundRecord,
+    CompileRecord,
+    DummyRecord,
     PlanRecord,
     ProfileRecord,
     PromptProfile,
@@ -39,6 +42,7 @@ def compose(
     environment: dict[str, Any],
     warnings: Sequence[str],
     interrupted: bool,
+    compiled: CompileRecord | None = None,
 ) -> ProfileRecord:
     """The record of one profile, complete or interrupted."""
     reached = [state for state in states if state.prompt is not None or state.failed]
@@ -65,6 +69,9 @@ def compose(
         warnings=(*dict.fromkeys(warnings), *_remarks(reached), *_left_out(reached, timed)),
         faults=_faults(reached),
         interrupted=interrupted,
+        batch_size=request.batch_size,
+        compiled=compiled,
+        dummy=None if request.dummy is None else DummyRecord(**dataclasses.asdict(request.dummy)),
     )
 
 
@@ -115,7 +122,7 @@ def _arm(request: ProfileRequest, states: Sequence[PromptState], arm: str) -> Ar
         prune_share_of_prefill=_mean_median(pruning, lambda s: s.prune_shares),
         ttft_s=times["ttft_s"],
         decode_s=decode_s,
-        decode_tokens_per_s=count / decode_s if decode_s and long_enough else None,
+        decode_tokens_per_s=count * request.batch_size / decode_s if decode_s and long_enough else None,
         tpot_s=percentiles(steps) if long_enough else None,
         end_to_end_s=times["end_to_end_s"],
         kv_bytes_held=_mean_bytes(states, arm, "held"),
@@ -294,6 +301,7 @@ def _bound(
         new_tokens=request.max_new_tokens,
         transient_bytes=transient,
         context_tokens=figures.context_tokens,
+        batch_size=request.batch_size,
     )
     tpot = {arm: one.tpot_s.p50 if one.tpot_s else None for arm, one in arms.items()}
     pruned = arms.pruned

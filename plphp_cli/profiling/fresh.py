@@ -17,6 +17,7 @@ from typing import Any
 import plphp_cli
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.profiling.records import PRUNED
+from plphp_cli.profiling.state import DummyPlan
 from plphp_cli.results import MemoryRecord
 
 _OUT_OF_MEMORY = "out of memory"
@@ -44,6 +45,8 @@ class FreshJob:
     dtype: str
     device: str
     attn: str
+    batch_size: int = 1
+    dummy: DummyPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,15 @@ def _main() -> None:
     values = json.load(sys.stdin)
     prompts = tuple(FreshPrompt(tuple(p["images"]), p["prompt"], p["system"]) for p in values.pop("prompts"))
     config = PLPHPConfig.from_dict(values.pop("config"))
-    job = FreshJob(prompts=prompts, config=config, **values)
+    plan = values.pop("dummy")
+    dummy = None if plan is None else DummyPlan(**{**plan, "layer_rates": tuple(plan["layer_rates"])})
+    job = FreshJob(prompts=prompts, config=config, dummy=dummy, **values)
 
     from plphp_cli.models import is_out_of_memory, load
+    from plphp_cli.models.dummy import load_dummy
 
-    loaded = load(job.model, dtype=job.dtype, device=job.device, attn=job.attn)
+    how = {"dtype": job.dtype, "device": job.device, "attn": job.attn}
+    loaded = load(job.model, **how) if dummy is None else load_dummy(job.model, seed=dummy.seed, **how)
     for prompt in job.prompts:
         try:
             peaks = _measure(loaded, job, prompt)
@@ -143,11 +150,20 @@ def _measure(loaded: Any, job: FreshJob, example: FreshPrompt) -> FreshPeaks:
     from plphp_cli.models import prepare
     from plphp_cli.profiling.peaks import measure_peaks
 
-    images = [load_image(path, job.max_pixels) for path in example.images]
-    prompt = prepare(loaded, images, example.prompt, example.system)
+    pruned: Any = job.config
+    if job.dummy is not None:
+        from plphp_cli.models.dummy import dummy_prompt
+        from plphp_cli.support import layer_kinds
+
+        plan = job.dummy
+        prompt = dummy_prompt(loaded, plan.vision_tokens, plan.images, plan.text_tokens, plan.seed)
+        pruned = plan.policy(len(layer_kinds(loaded.model.config)))
+    else:
+        images = [load_image(path, job.max_pixels) for path in example.images]
+        prompt = prepare(loaded, images, example.prompt, example.system)
     with MemorySampler(loaded.device) as sampler:
-        policy = job.config if job.arm == PRUNED else None
-        peaks = measure_peaks(loaded, prompt, job.arm, policy, job.new_tokens)
+        policy = pruned if job.arm == PRUNED else None
+        peaks = measure_peaks(loaded, prompt, job.arm, policy, job.new_tokens, job.batch_size)
     return FreshPeaks(peaks.prefill_bytes, peaks.prefill_decoder_bytes, peaks.decode_bytes, sampler.record())
 
 

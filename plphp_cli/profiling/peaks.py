@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import decode_batch
 from plphp_cli.generate import Settings, decode, prefill
 from plphp_cli.profiling.timing import generate_exactly
 from plphp_cli.prompt import Prompt
@@ -114,8 +115,13 @@ def measure_peaks(
     arm: str,
     policy: PLPHPConfig | Policy | None,
     new_tokens: int,
+    batch_size: int = 1,
 ) -> Peaks:
-    """Peaks of one prompt in one arm; `stock` is plain `generate`, others the path with `policy`."""
+    """Peaks of one prompt in one arm; `stock` is plain `generate`, others the path with `policy`.
+
+    Decoding is of `batch_size` copies of the prompt; stock's is not taken then, since it would prefill them
+    all at once.
+    """
     model = loaded.model
     meter = Meter(loaded.device, [*model.parameters(), *model.buffers(), *prompt.inputs.values()])
     before = [0]
@@ -138,8 +144,9 @@ def measure_peaks(
         try:
             if arm == "stock":
                 whole = _stock(loaded, prompt, meter, hooks, new_tokens)
+                whole = whole if batch_size == 1 else (whole[0], None)
             else:
-                whole = _path(loaded, prompt, policy, meter, hooks, new_tokens, steps)
+                whole = _path(loaded, prompt, policy, meter, hooks, (new_tokens, steps, batch_size))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -153,17 +160,21 @@ def _path(
     policy: PLPHPConfig | Policy | None,
     meter: Meter,
     hooks: list[Any],
-    new_tokens: int,
-    steps: int,
+    counts: tuple[int, int, int],
 ) -> tuple[int, int | None]:
+    new_tokens, steps, batch_size = counts
     with prune(loaded.model, policy) as pruner:
         prefilled = prefill(loaded, prompt, pruner, new_tokens)
         after_prefill = meter.peak
         _remove(hooks)
         if new_tokens == 1:
             return after_prefill, None
+        rows = [prefilled, *(prefilled.fork(new_tokens) for _ in range(batch_size - 1))]
         meter.reset()
-        for _ in decode(loaded, prefilled, Settings(steps, stop_at_eos=False)):
+        settings = Settings(steps, stop_at_eos=False)
+        for _ in (
+            decode(loaded, prefilled, settings) if batch_size == 1 else decode_batch(loaded, rows, settings)
+        ):
             pass
         return after_prefill, meter.peak
 

@@ -7,7 +7,7 @@ No torch here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.results import ImageRecord, MemoryRecord
@@ -334,6 +334,37 @@ class SpreadRecord:
 
 
 @dataclass(frozen=True)
+class CompileRecord:
+    """Compiled steps: graphs captured, batches that an earlier capture served, and what it took.
+
+    `refused` says why steps ran uncompiled; None where they were compiled. `hit_rate` is None before any
+    batch.
+    """
+
+    captures: int
+    batches: int
+    hit_rate: float | None
+    compile_s: float
+    refused: str | None = None
+
+    @classmethod
+    def from_stats(cls, stats: Any) -> Self:
+        """The record of one `compiled.CompileStats`."""
+        return cls(stats.captures, stats.batches, stats.hit_rate, stats.compile_s, stats.refused)
+
+
+@dataclass(frozen=True)
+class DummyRecord:
+    """Dummy weights: speed and memory only. The prompt was synthetic, the layer rates given."""
+
+    vision_tokens: int
+    images: int
+    text_tokens: int
+    layer_rates: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
 class ProfileRecord:
     """Everything that `plphp profile` has to say.
 
@@ -344,6 +375,10 @@ class ProfileRecord:
         totals: per arm, sums of medians and bytes over the `prompts` that it answered.
         spread: per ratio and for `kl_mean`, over prompts.
         worst: prompts (their index) with the largest KL, and those with the smallest decode ratio.
+        batch_size: copies of each prompt that are decoded together; times of decoding are of a step of all of
+            them, tokens/s of them together. Prefill, TTFT and bytes are of one prompt.
+        compiled: how decoding of the tool's own arms was compiled; None where that was not asked for.
+        dummy: what stood in for a model's own weights and prompts; None for a real model.
         faults: what must not happen and did: faults of the tool, not of the model.
     """
 
@@ -364,6 +399,9 @@ class ProfileRecord:
     warnings: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     interrupted: bool = False
+    batch_size: int = 1
+    compiled: CompileRecord | None = None
+    dummy: DummyRecord | None = None
     command: str = "profile"
     schema_version: int = SCHEMA_VERSION
 

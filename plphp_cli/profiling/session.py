@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 from plphp_cli.attention import prune
+from plphp_cli.compiled import StepCompiler
+from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import step_compiler
 from plphp_cli.environment import environment, sha256_of_text
 from plphp_cli.generate import Clock, prefill
 from plphp_cli.memory import known
 from plphp_cli.models import LoadedModel, decoder_weight_bytes, is_out_of_memory, load, prepare
+from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.compose import compose
@@ -23,11 +27,13 @@ from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
 from plphp_cli.profiling.layers import check_bytes, layer_profiles
 from plphp_cli.profiling.machine import how_busy, measure_machine
 from plphp_cli.profiling.pace import Pace, Progress
-from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, CompileRecord, ProfileRecord
 from plphp_cli.profiling.schedule import CONTROL, alternated, slots
 from plphp_cli.profiling.state import KVBytes, ModelFigures, ProfileRequest, PromptState
 from plphp_cli.profiling.timing import Arm, PathArm, StockArm, Timer, time_pruning, time_vision
 from plphp_cli.prompt import Prompt
+from plphp_cli.pruning import Policy
+from plphp_cli.support import layer_kinds
 
 # Passes of their own for the prune time: enough for a median, and a prefill each.
 PRUNE_PASSES = 3
@@ -59,6 +65,8 @@ class ProfileSession:
             for index, question in enumerate(request.questions)
         ]
         self._pace = Pace(self._plan(), progress)
+        self._policy: PLPHPConfig | Policy = request.config
+        self._compiler: StepCompiler | None = None
         self._loaded: LoadedModel | None = None
         self._figures: ModelFigures | None = None
         self._limits = Limits()
@@ -77,9 +85,11 @@ class ProfileSession:
         self._note_circumstances()
         self._note_machine()
         start = time.monotonic()
-        self._loaded = loaded = load(
-            request.model, dtype=request.dtype, device=request.device, attn=request.attn
-        )
+        self._loaded = loaded = self._load_model()
+        if request.compile:
+            self._compiler = step_compiler(loaded)
+        if request.dummy is not None:
+            self._policy = request.dummy.policy(len(layer_kinds(loaded.model.config)))
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)
@@ -94,6 +104,13 @@ class ProfileSession:
             context_tokens=getattr(text, "max_position_embeddings", None),
         )
         self._note_circumstances()
+
+    def _load_model(self) -> LoadedModel:
+        request = self._request
+        how = {"dtype": request.dtype, "device": request.device, "attn": request.attn}
+        if request.dummy is not None:
+            return load_dummy(request.model, seed=request.dummy.seed, **how)
+        return load(request.model, **how)
 
     def run(self) -> None:
         """Measure every prompt, then the machine, then peaks in fresh processes."""
@@ -126,6 +143,7 @@ class ProfileSession:
             environment=self._environment,
             warnings=self._warnings,
             interrupted=interrupted,
+            compiled=None if self._compiler is None else CompileRecord.from_stats(self._compiler.stats),
         )
 
     def _plan(self) -> Counter[str]:
@@ -190,6 +208,12 @@ class ProfileSession:
                 self._pace.drop(kind, self._plan()[kind] // len(self.states))
             return
         self._warnings += [note for note in state.prompt.notes if note not in self._warnings]
+        if request.dummy is not None:
+            # Random weights answer nothing, and their answers cannot be judged.
+            self._pace.drop("answer", len(request.arms))
+            self._pace.drop("judge", 1)
+            self._guarded(state, PRUNED, lambda: self._map_layers(state))
+            return
         state.answers = answers = Answers(answer=question.answer)
         for arm in request.arms:
             with self._pace.piece("answer", self._stage(state, f"{arm} arm, its answer")):
@@ -209,6 +233,10 @@ class ProfileSession:
         """As often as is timed; nothing of it is kept if memory ends."""
         request, loaded, question = self._request, self._loaded, state.question
         assert loaded is not None
+        if request.dummy is not None:
+            plan = request.dummy
+            state.prompt = dummy_prompt(loaded, plan.vision_tokens, plan.images, plan.text_tokens, plan.seed)
+            return
         rounds = request.warmup + request.repeats
         seconds = []
         for _ in range(rounds):
@@ -230,12 +258,17 @@ class ProfileSession:
             answers.ids = ids
 
     def _map_layers(self, state: PromptState) -> None:
-        loaded, config = self._loaded, self._request.config
+        loaded = self._loaded
         assert loaded is not None
-        with prune(loaded.model, config, keep_attention=True) as pruner:
-            state.layers = layer_profiles(
-                prefill(loaded, _of(state), pruner, self._request.max_new_tokens).state
+        with prune(loaded.model, self._policy, keep_attention=True) as pruner:
+            layers = layer_profiles(prefill(loaded, _of(state), pruner, self._request.max_new_tokens).state)
+        if self._request.dummy is not None:
+            # Random weights attend to nothing in particular: what they kept is known, why is not.
+            layers = tuple(
+                dataclasses.replace(layer, gamma=None, head_overlap=None, heads=(), image_shares=())
+                for layer in layers
             )
+        state.layers = layers
 
     def _time(self, state: PromptState) -> None:
         """Prefill in alternated rounds, then the passes of their own, then decoding in alternated rounds."""
@@ -267,12 +300,13 @@ class ProfileSession:
         request, loaded = self._request, self._loaded
         assert loaded is not None
         count = request.max_new_tokens
-        unpruned = PathArm(loaded, prompt, None, count, timer)
+        batch, compiler = request.batch_size, self._compiler
+        unpruned = PathArm(loaded, prompt, None, count, timer, batch, compiler)
         every: dict[str, Arm] = {
-            PRUNED: PathArm(loaded, prompt, request.config, count, timer),
+            PRUNED: PathArm(loaded, prompt, self._policy, count, timer, batch, compiler),
             UNPRUNED: unpruned,
             CONTROL: unpruned,
-            STOCK: StockArm(loaded, prompt, count, timer),
+            STOCK: StockArm(loaded, prompt, count, timer, batch),
         }
         return {slot: every[slot] for slot in self._slots}
 
@@ -312,7 +346,7 @@ class ProfileSession:
     def _time_pruning(self, state: PromptState, timer: Timer) -> None:
         request, loaded = self._request, self._loaded
         assert loaded is not None
-        prune_s, prefill_s = time_pruning(loaded, _of(state), request.config, request.max_new_tokens, timer)
+        prune_s, prefill_s = time_pruning(loaded, _of(state), self._policy, request.max_new_tokens, timer)
         state.prune_s.append(prune_s)
         if prefill_s > 0:
             state.prune_shares.append(prune_s / prefill_s)
@@ -358,6 +392,8 @@ class ProfileSession:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
             attn=loaded.attn,
+            batch_size=request.batch_size,
+            dummy=request.dummy,
         )
         with self._pace.piece("peaks", f"peak memory, {arm} arm in a fresh process"):
             found = measure_fresh(job)

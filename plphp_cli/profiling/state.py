@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from plphp_cli.profiling.fresh import FreshPeaks
     from plphp_cli.profiling.timing import DecodeSample, PrefillSample
     from plphp_cli.prompt import Prompt
+    from plphp_cli.pruning import FixedRates
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,31 @@ class Question:
 
 
 @dataclass(frozen=True)
+class DummyPlan:
+    """Dummy weights and a synthetic prompt, in place of a model's own.
+
+    `layer_rates` are retention rates, repeated over the layers: random weights give no meaningful scores.
+    """
+
+    vision_tokens: int
+    images: int
+    layer_rates: tuple[float, ...]
+    text_tokens: int = 64
+    seed: int = 0
+
+    def policy(self, layers: int) -> "FixedRates":
+        """The rates as a policy for so many layers."""
+        from plphp_cli.pruning import FixedRates
+
+        return FixedRates({index: self.layer_rates[index % len(self.layer_rates)] for index in range(layers)})
+
+
+@dataclass(frozen=True)
 class ProfileRequest:
     """What the user asked for, checked as far as that is possible without the model.
 
-    `arms` are those to run, in the order of `records.ARMS`.
+    `arms` are those to run, in the order of `records.ARMS`. A batch is so many copies of each prompt, decoded
+    together from its one prefill.
     """
 
     questions: tuple[Question, ...]
@@ -44,6 +66,9 @@ class ProfileRequest:
     warmup: int = 1
     max_new_tokens: int = 128
     command: tuple[str, ...] = ()
+    batch_size: int = 1
+    compile: bool = False
+    dummy: DummyPlan | None = None
 
 
 @dataclass(frozen=True)

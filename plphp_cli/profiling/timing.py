@@ -7,7 +7,7 @@ from a copy of one prefilled cache and makes exactly the same number of new toke
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +20,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
 from plphp_cli.cache import cache_name, cache_of
+from plphp_cli.compiled import StepCompiler
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import decode_batch
 from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
@@ -91,9 +93,12 @@ class PathArm:
         policy: PLPHPConfig | Policy | None,
         new_tokens: int,
         timer: Timer,
+        batch_size: int = 1,
+        compiler: StepCompiler | None = None,
     ) -> None:
         self._loaded, self._prompt, self._policy = loaded, prompt, policy
         self._new_tokens, self._timer = new_tokens, timer
+        self._batch_size, self._compiler = batch_size, compiler
         self.prefilled: Prefilled | None = None
 
     def prefill(self) -> PrefillSample:
@@ -109,9 +114,9 @@ class PathArm:
     def decode(self) -> DecodeSample:
         """See `Arm`."""
         assert self.prefilled is not None
-        twin = self.prefilled.fork(self._new_tokens)
+        twins = [self.prefilled.fork(self._new_tokens) for _ in range(self._batch_size)]
         with prune(self._loaded.model, self._policy):
-            return time_decode(self._loaded, twin, self._new_tokens, self._timer)
+            return time_decode(self._loaded, twins, self._new_tokens, self._timer, self._compiler)
 
     def drop(self) -> None:
         """See `Arm`."""
@@ -119,9 +124,15 @@ class PathArm:
 
 
 class StockArm:
-    """Plain `model.generate`, no hooks; the clock is read by its streamer and a logits processor."""
+    """Plain `model.generate`, no hooks; the clock is read by its streamer and a logits processor.
 
-    def __init__(self, loaded: "LoadedModel", prompt: Prompt, new_tokens: int, timer: Timer) -> None:
+    One prompt is prefilled; a batch is decoded from as many copies of its cache.
+    """
+
+    def __init__(
+        self, loaded: "LoadedModel", prompt: Prompt, new_tokens: int, timer: Timer, batch_size: int = 1
+    ) -> None:
+        self._batch_size = batch_size
         self._model: Any = loaded.model
         self._inputs: dict[str, Any] = dict(prompt.inputs)
         self._new_tokens, self._timer = new_tokens, timer
@@ -140,24 +151,38 @@ class StockArm:
 
     def decode(self) -> DecodeSample:
         """See `Arm`. The last prompt token is run again, so that `generate` has one to start from."""
-        watch = _Watch(self._timer)
         cache = copy.deepcopy(self._cache)
-        inputs = dict(self._inputs)
         try:
             cache.crop(-1)
         except (RuntimeError, ValueError, NotImplementedError, TypeError):
             # A cache that cannot give a token back: prefill again, which the steps timed do not include.
             cache = None
-        if cache is not None:
-            inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
-            inputs[cache_name(self._model)] = cache
-        output = generate_exactly(self._model, inputs, self._new_tokens, watch, watch.processor)
-        count = len(watch.tokens)
-        return _sample(watch.tokens, output.sequences[0, -count:].tolist())
+        if self._batch_size > 1 and cache is not None:
+            cache.batch_repeat_interleave(self._batch_size)
+        return time_stock(self._model, self._inputs, cache, self._batch_size, self._new_tokens, self._timer)
 
     def drop(self) -> None:
         """See `Arm`."""
         self._cache = None
+
+
+def time_stock(
+    model: Any, inputs: dict[str, Any], cache: Any, batch_size: int, new_tokens: int, timer: Timer
+) -> DecodeSample:
+    """Plain `generate` of a batch of equal prompts from `cache`, which lacks the last prompt token.
+
+    Without a cache (None) it prefills again, which the steps timed do not include.
+    """
+    watch = _Watch(timer)
+    if cache is not None:
+        inputs = {name: v for name, v in inputs.items() if not name.startswith(("pixel_", "mm_encoder"))}
+        inputs[cache_name(model)] = cache
+    if batch_size > 1:
+        rows = {n: v.repeat_interleave(batch_size, 0) for n, v in inputs.items() if isinstance(v, Tensor)}
+        inputs = {**inputs, **rows}
+    output = generate_exactly(model, inputs, new_tokens, watch, watch.processor)
+    count = len(watch.tokens)
+    return _sample(watch.tokens, output.sequences[0, -count:].tolist())
 
 
 @torch.no_grad()
@@ -210,11 +235,25 @@ class _LogitsWatch(LogitsProcessor):
         return scores
 
 
-def time_decode(loaded: "LoadedModel", prefilled: Prefilled, new_tokens: int, timer: Timer) -> DecodeSample:
-    """Decode exactly `new_tokens` from a prefilled prompt, inside `prune`; they are added to its cache."""
+def time_decode(
+    loaded: "LoadedModel",
+    prompts: Sequence[Prefilled],
+    new_tokens: int,
+    timer: Timer,
+    compiler: StepCompiler | None = None,
+) -> DecodeSample:
+    """Decode exactly `new_tokens` from each prompt, inside `prune`, all together; the first one's tokens.
+
+    They are added to the prompts' caches. A step is one token of every prompt.
+    """
     # Without a processor no text is made: that would count as the next token's time.
     mute: Any = _without_text(loaded)
-    events = decode(mute, prefilled, Settings(new_tokens, stop_at_eos=False), clock=timer.clock)
+    settings = Settings(new_tokens, stop_at_eos=False)
+    if len(prompts) == 1 and compiler is None:
+        events: list[Any] = list(decode(mute, prompts[0], settings, clock=timer.clock))
+    else:
+        rows = decode_batch(mute, prompts, settings, compiler, clock=timer.clock)
+        events = [row.event for row in rows if row.index == 0]
     tokens = [event for event in events if isinstance(event, Token)]
     return _sample([t.elapsed_s for t in tokens], [t.token_id for t in tokens])
 

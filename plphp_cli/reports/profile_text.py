@@ -24,6 +24,7 @@ from plphp_cli.units import (
     format_number,
     format_percent,
     format_ratio,
+    format_seconds,
 )
 
 UNKNOWN = "-"
@@ -42,18 +43,52 @@ def headline(record: ProfileRecord) -> list[str]:
     """What pruning brought here: memory, speed, quality, and what was possible at all."""
     if record.arms.pruned is None or not record.prompts:
         return ["Nothing was measured yet."]
-    sentences = [_memory(record), _speed(record)]
+    sentences = [] if record.dummy is None else [_dummy(record)]
+    sentences += [_memory(record), _speed(record)]
     if record.bound is not None:
         sentences.append(record.bound.speed_up_expected)
         if record.bound.failed_assumption is not None:
             sentences.append(_beaten(record.bound))
-    sentences.append(_quality(record))
+    if record.dummy is None:
+        sentences.append(_quality(record))
     return [sentence for sentence in sentences if sentence]
+
+
+def _dummy(record: ProfileRecord) -> str:
+    assert record.dummy is not None
+    rates = ", ".join(f"{rate:g}" for rate in record.dummy.layer_rates[:6])
+    more = ", ..." if len(record.dummy.layer_rates) > 6 else ""
+    return (
+        f"Dummy weights: speed and memory only. {record.model} at its true size with random weights, a "
+        f"synthetic prompt, layer rates {rates}{more} repeated; quality is N/A."
+    )
+
+
+def way_of_decoding(record: ProfileRecord) -> list[str]:
+    """What a reader must know of how steps were run: batch and compilation."""
+    found = []
+    if record.batch_size > 1:
+        found.append(
+            f"Decoding is of {record.batch_size} copies of the prompt in one batch: tokens/s and a step's "
+            "time are of all together; prefill, TTFT, KV cache held are of one."
+        )
+    made = record.compiled
+    if made is not None and made.refused is not None:
+        found.append(f"Steps ran uncompiled: {made.refused}.")
+    elif made is not None:
+        found.append(
+            f"The tool's arms decoded by compiled steps: {plural(made.captures, 'capture')} for "
+            f"{plural(made.batches, 'batch', 'batches')} (hit rate {format_percent(made.hit_rate)}), "
+            f"{format_seconds(made.compile_s)} of compiling."
+        )
+    return found
 
 
 def standing(record: ProfileRecord) -> str:
     """How much the profile may be relied upon, by its number of prompts."""
     count = len(record.prompts)
+    if record.dummy is not None:
+        return "One synthetic prompt: what it shows holds for any of that size."
     if count == 1:
         return "One prompt is an anecdote: indication only. Give prompts with --data for a verdict."
     if count < FEW_PROMPTS:
@@ -63,7 +98,7 @@ def standing(record: ProfileRecord) -> str:
 
 def remarks(record: ProfileRecord) -> list[str]:
     """What a reader should know before believing the figures."""
-    found = list(record.warnings)
+    found = [*way_of_decoding(record), *record.warnings]
     if record.interrupted:
         found.append("Interrupted: the figures are of what had been measured until then.")
     for name, arm in record.arms.items():
@@ -139,9 +174,9 @@ def capacity(record: ProfileRecord) -> str:
     return sentence + (f"; what ends the images of one prompt: {', '.join(ended)}." if ended else ".")
 
 
-def plural(count: int, what: str) -> str:
-    """`1 repeat`, `9 repeats`."""
-    return f"{format_count(count)} {what}{'' if count == 1 else 's'}"
+def plural(count: int, what: str, many: str | None = None) -> str:
+    """`1 repeat`, `9 repeats`; `many` where the plural is another word."""
+    return f"{format_count(count)} {what if count == 1 else many or what + 's'}"
 
 
 def control(ratio: RatioProfile | None) -> str:

@@ -73,7 +73,7 @@ def samples(
                 cut = whole.fork(count)
             else:
                 cut = whole.cut(policy_of(setting, budget), count)
-            seconds = time_decode(loaded, cut, count, timer).decode_s
+            seconds = time_decode(loaded, [cut], count, timer).decode_s
             del cut
             yield setting, seconds if repeat >= request.warmup else None
 

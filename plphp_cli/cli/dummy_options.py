@@ -1,0 +1,152 @@
+"""Options of `plphp profile` for batches, compiled steps and dummy weights."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.models.shapes import SHAPES
+from plphp_cli.profiling.records import from_json
+from plphp_cli.profiling.state import DummyPlan, Question
+
+_DUMMY, _MEASURING = "Dummy weights", "Measuring"
+
+BatchSizeOption = Annotated[
+    int,
+    typer.Option(
+        metavar="B", help="Decode B copies of each prompt in one batch.", rich_help_panel=_MEASURING
+    ),
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        metavar="",
+        help="Compile decoding steps (torch.compile, CUDA graphs on a GPU).",
+        rich_help_panel="Generation",
+    ),
+]
+DummyWeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--dummy-weights",
+        metavar="",
+        help="Random weights at the true size of --model: speed and memory before a download.",
+        rich_help_panel=_DUMMY,
+    ),
+]
+VisionTokensOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Of the synthetic prompt.", rich_help_panel=_DUMMY)
+]
+ImagesOption = Annotated[
+    int | None,
+    typer.Option("--images", metavar="N", help="Images that they are of.", rich_help_panel=_DUMMY),
+]
+TextTokensOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Of the synthetic prompt.", rich_help_panel=_DUMMY)
+]
+LayerRatesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,R,...", help="Retention rates, repeated over the layers.", rich_help_panel=_DUMMY
+    ),
+]
+RatesFromOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Layer rates of a profile's JSON.", rich_help_panel=_DUMMY),
+]
+
+_DEFAULT_RATES = (0.7, 0.4, 0.1)
+_VISION_TOKENS, _TEXT_TOKENS = 7290, 64
+NOTE = "dummy weights: speed and memory only"
+
+
+def dummy_plan(
+    dummy_weights: bool,
+    vision_tokens: int | None,
+    images: int | None,
+    text_tokens: int | None,
+    layer_rates: str | None,
+    rates_from: str | None,
+) -> DummyPlan | None:
+    """What stands in for weights and prompts; None without `--dummy-weights`. Raises `UsageError`."""
+    given = {
+        "--vision-tokens": vision_tokens,
+        "--images": images,
+        "--text-tokens": text_tokens,
+        "--layer-rates": layer_rates,
+        "--rates-from": rates_from,
+    }
+    if not dummy_weights:
+        stray = [name for name, value in given.items() if value is not None]
+        if stray:
+            raise UsageError(f"{stray[0]} was given without --dummy-weights", hint="add it, or leave it out")
+        return None
+    for name, value in list(given.items())[:3]:
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"{name} = {value}; expected 1 or more")
+    if layer_rates is not None and rates_from is not None:
+        raise UsageError("--layer-rates and --rates-from exclude each other", hint="use one of them")
+    rates: tuple[float, ...] = _DEFAULT_RATES
+    if layer_rates is not None:
+        rates = parse_rates(layer_rates)
+    elif rates_from is not None:
+        rates = recorded_rates(Path(rates_from))
+    tokens, count = vision_tokens or _VISION_TOKENS, images or 1
+    if tokens < count:
+        raise UsageError(f"{tokens} vision tokens in {count} images", hint="expected at least one an image")
+    return DummyPlan(tokens, count, rates, text_tokens or _TEXT_TOKENS)
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Rates such as `0.7,0.4,0.1`. Raises `UsageError`."""
+    rates = []
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = math.nan
+        if not 0 <= rate <= 1:
+            raise UsageError(
+                f"layer rate {part.strip()!r}; expected numbers in [0, 1]", hint="e.g. 0.7,0.4,0.1"
+            )
+        rates.append(rate)
+    return tuple(rates)
+
+
+def recorded_rates(path: Path) -> tuple[float, ...]:
+    """The layer rates that a profile recorded; layers without one were kept whole. Raises `UsageError`."""
+    try:
+        record = from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="name a profile's JSON") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text", hint="name a profile's JSON") from error
+    if not record.layers:
+        raise UsageError(f"{path} holds no layers", hint="name the JSON of a profile that was not broken off")
+    return tuple(1.0 if layer.rate is None else layer.rate for layer in record.layers)
+
+
+def dummy_questions(plan: DummyPlan, image: object, prompt: object, data: object) -> tuple[Question, ...]:
+    """The one synthetic prompt. Raises `UsageError` where a real one was given."""
+    if image or prompt is not None or data is not None:
+        raise UsageError(
+            "--dummy-weights takes no --image, --prompt or --data: its prompt is synthetic",
+            hint="say its size with --vision-tokens and --images",
+        )
+    return (Question((), f"{plan.vision_tokens} synthetic vision tokens in {plan.images} images"),)
+
+
+def check_dummy_model(name: str) -> None:
+    """Fail early for what is no shape and no model. Raises what `models.load` raises for such names."""
+    from plphp_cli.cli.options import check_model
+
+    if name in SHAPES:
+        return
+    try:
+        check_model(name)
+    except PLPHPError as error:
+        shapes = ", ".join(SHAPES)
+        raise type(error)(error.message, hint=f"{error.hint}; or a built-in shape: {shapes}") from error

@@ -1,0 +1,163 @@
+"""Batches and compiled steps: what they give is what one prompt alone, uncompiled, gives."""
+
+import shutil
+
+import pytest
+import torch
+from families import as_prompt, load
+from laws import CUT, snapshot
+
+from plphp_cli.attention import prune
+from plphp_cli.cache import PrunableLayer
+from plphp_cli.decoding import DecodeBatch, decode_batch, step_compiler
+from plphp_cli.errors import UnsupportedError
+from plphp_cli.generate import Done, Settings, Token, advance, decode, prefill
+from plphp_cli.pruning import FixedRates
+from plphp_cli.support import LINEAR, layer_kinds
+
+STEPS = 6
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+def prefilled(family, policies, pruner):
+    """One prompt per policy, the family's prompts in turn: their caches differ in length in every layer."""
+    runs = []
+    for number, policy in enumerate(policies):
+        pruner.policy = policy
+        inputs = family.prompts[number % len(family.prompts)]
+        runs.append(prefill(family.loaded, as_prompt(inputs), pruner, STEPS + 1))
+    return runs
+
+
+def policies():
+    return [FixedRates({0: 0.2, 1: 0.7}, 0.5), None, FixedRates({}, 0.1)]
+
+
+def along(family, ids, compiler=None):
+    """Logits [T, B, vocab] of a batch fed with ids [T, B]; and each prompt's alone."""
+    with torch.no_grad(), prune(family.model, None) as pruner:
+        batch = DecodeBatch(family.loaded, prefilled(family, policies(), pruner), STEPS, compiler)
+        together = torch.stack([batch.step(row[:, None]).clone() for row in ids])
+        batch.settle()
+        alone = []
+        for number, run in enumerate(prefilled(family, policies(), pruner)):
+            alone.append(
+                torch.stack([advance(family.loaded, run, row[number][None, None])[-1] for row in ids])
+            )
+            assert run.cache.get_seq_length() == batch.prompts[number].cache.get_seq_length()
+            assert run.positions is None or torch.equal(run.positions, batch.prompts[number].positions)
+            for one, other in zip(run.cache.layers, batch.prompts[number].cache.layers, strict=True):
+                if isinstance(one, PrunableLayer):
+                    assert (one.seen, one.held) == (other.seen, other.held)
+                    assert one.allocated_bytes == other.allocated_bytes, "a batch pads nothing"
+    return together, torch.stack(alone, dim=1)
+
+
+def random_ids():
+    return torch.randint(2, 290, (STEPS, 3), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_batch_gives_each_prompt_the_logits_that_it_has_alone(family):
+    if family.name == "builtin":
+        pytest.skip("its vocabulary is another")
+    together, alone = along(family, random_ids())
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_layers_that_cannot_share_a_step_are_refused_by_name(name):
+    family = load(name)
+    assert LINEAR in layer_kinds(family.model.config)
+    with torch.no_grad(), prune(family.model, None) as pruner:
+        runs = prefilled(family, [None, None], pruner)
+        with pytest.raises(UnsupportedError, match="batch"):
+            DecodeBatch(family.loaded, runs, STEPS)
+
+
+def test_sequences_leave_as_they_end_and_the_others_go_on():
+    family = load("llava")
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        prompts = [as_prompt(inputs) for inputs in family.prompts[:2]]
+
+        def fresh():
+            return [prefill(family.loaded, prompt, pruner, 12) for prompt in prompts]
+
+        whole = [list(decode(family.loaded, run, Settings(12)))[-1].token_ids for run in fresh()]
+        # An id that one answer reaches early, and the other later or never, ends it.
+        ends = next(i for i in whole[0] if i not in whole[1][: whole[0].index(i) + 2])
+        family.model.generation_config.eos_token_id = ends
+        try:
+            alone = [list(decode(family.loaded, run, Settings(12)))[-1] for run in fresh()]
+            rows = list(decode_batch(family.loaded, fresh(), Settings(12)))
+        finally:
+            family.model.generation_config.eos_token_id = None
+    done = {row.index: row.event for row in rows if isinstance(row.event, Done)}
+    assert [done[0], done[1]] == alone
+    assert len(done[0].token_ids) < len(done[1].token_ids)
+    for index, answer in enumerate(alone):
+        tokens = [row.event for row in rows if row.index == index and isinstance(row.event, Token)]
+        assert tuple(token.token_id for token in tokens) == answer.token_ids
+        assert [token.index for token in tokens] == list(range(len(tokens)))
+
+
+def test_a_batch_grows_its_buffers_where_there_is_no_room():
+    family = load("llava")
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        run = prefill(family.loaded, as_prompt(family.prompts[0]), pruner, 1)
+        other = prefill(family.loaded, as_prompt(family.prompts[0]), pruner, 20)
+        rows = list(decode_batch(family.loaded, [run, other], Settings(20, stop_at_eos=False)))
+    one, two = (
+        [r.event.token_id for r in rows if r.index == i and isinstance(r.event, Token)] for i in (0, 1)
+    )
+    assert one == two
+    assert len(one) == 20
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_compiled_steps_give_the_same_and_serve_further_batches(name):
+    family = load(name)
+    before = snapshot(family.model)
+    compiler = step_compiler(family.loaded)
+    for _ in range(2):
+        together, alone = along(family, random_ids(), compiler)
+        assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+    stats = compiler.stats
+    assert stats.refused is None
+    assert (stats.captures, stats.hits, stats.batches) == (1, 1, 2)
+    assert stats.compile_s > 0
+    assert snapshot(family.model) == before
+
+
+def test_what_cannot_be_compiled_runs_uncompiled_and_says_why():
+    family = load("gemma3")
+    compiler = step_compiler(family.loaded)
+    together, alone = along(family, random_ids(), compiler)
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+    assert "sliding" in compiler.stats.refused
+    assert compiler.stats.captures == 0
+
+
+def test_a_compiler_that_fails_costs_nothing_but_its_speed(monkeypatch):
+    family = load("llava")
+    compiler = step_compiler(family.loaded)
+    before = snapshot(family.model)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    together, alone = along(family, random_ids(), compiler)
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+    assert compiler.stats.refused == "RuntimeError: no such"
+    assert snapshot(family.model) == before
+
+
+def test_a_step_needs_no_mask_and_joins_without_copies():
+    family = load("llava")
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        runs = [prefill(family.loaded, as_prompt(inputs), pruner, 8) for inputs in family.prompts[:2]]
+        places = [layer.buffers[0].data_ptr() for run in runs for layer in run.cache.layers]
+        batch = DecodeBatch(family.loaded, runs, 8)
+        batch.step(torch.tensor([[3], [4]]))
+        assert places == [layer.buffers[0].data_ptr() for run in runs for layer in run.cache.layers]

@@ -1,0 +1,134 @@
+"""Decoders at true size without weights: sizes, synthetic caches, and the report that says what it is not."""
+
+import pytest
+import torch
+from test_profile_cli import command, image, toy  # noqa: F401  (fixtures)
+
+from plphp_cli.attention import prune
+from plphp_cli.cli.app import main
+from plphp_cli.generate import prefill
+from plphp_cli.models import decoder_weight_bytes
+from plphp_cli.models.dummy import dummy_prompt, load_dummy, synthetic_prefilled
+from plphp_cli.models.shapes import SHAPES
+from plphp_cli.profiling.records import from_json
+from plphp_cli.profiling.state import DummyPlan
+from plphp_cli.reports.profile_html import profile_html
+
+RATES = (0.7, 0.1)
+
+
+@pytest.fixture(scope="module")
+def dummy(tmp_path_factory):
+    """Of a toy's config alone."""
+    from toy_model import save_toy_llava
+
+    folder = save_toy_llava(tmp_path_factory.mktemp("toy"))
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    return load_dummy(str(folder), device="cpu"), str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llava-1.5-7b", 6.61),
+        ("llava-onevision-7b", 7.07),
+        ("qwen2.5-vl-7b", 7.07),
+        ("internvl3-8b", 7.07),
+        ("llava-onevision-0.5b", 0.494),
+        ("qwen2.5-vl-3b", 3.09),
+    ],
+)
+def test_shapes_have_the_parameters_that_their_models_are_known_for(name, billions):
+    """Of decoder layers, final norm and output head; counted on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(SHAPES[name])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    whole = sum(p.numel() for p in model.parameters())
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert (whole - table) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_weights_and_none_is_left_as_it_was_found(dummy):
+    loaded, folder = dummy
+    again = load_dummy(folder, device="cpu")
+    other = load_dummy(folder, device="cpu", seed=1)
+    for one, two in zip(loaded.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert one.isfinite().all()
+    head, other_head = (one.model.get_output_embeddings().weight for one in (loaded, other))
+    assert not torch.equal(head, other_head)
+    assert 0.015 < head.std() < 0.025
+    assert decoder_weight_bytes(loaded) > 0
+
+
+def test_a_prefilled_dummy_is_cut_at_the_given_rates(dummy):
+    loaded, _ = dummy
+    prompt = dummy_prompt(loaded, vision_tokens=30, images=4, text_tokens=10)
+    assert prompt.image_tokens == (8, 8, 7, 7)
+    layers = loaded.model.config.get_text_config().num_hidden_layers
+    with torch.no_grad(), prune(loaded.model, DummyPlan(30, 4, RATES).policy(layers)) as pruner:
+        run = prefill(loaded, prompt, pruner, 5)
+    assert [state.vision_tokens for state in run.state.layers] == [
+        21 if i % 2 == 0 else 3 for i in range(layers)
+    ]
+    made = synthetic_prefilled(loaded, prompt, RATES, room=5)
+    for one, two in zip(run.cache.layers, made.cache.layers, strict=True):
+        assert (one.seen, one.held, one.allocated_bytes) == (two.seen, two.held, two.allocated_bytes)
+        assert two.keys.isfinite().all()
+        assert two.keys.std() > 0.5, "untouched memory is no dummy"
+    assert torch.equal(run.positions, made.positions)
+
+
+def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, capsys):  # noqa: F811
+    _, folder = dummy
+    target = tmp_path / "dummy.json"
+    words = ["profile", "--dummy-weights", "--model", folder, "--vision-tokens", "40", "--images", "2"]
+    words += ["--layer-rates", "0.5,0.1", "--batch-size", "2", "--compare-stock", "--repeats", "2"]
+    words += ["--max-new-tokens", "18", "--json", str(target)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "Dummy weights: speed and memory only" in " ".join(printed.split())
+    record = from_json(target.read_text(encoding="utf-8"))
+    assert record.dummy.layer_rates == (0.5, 0.1)
+    assert record.batch_size == 2
+    assert record.quality.kl_mean is None
+    assert record.arms.pruned.ttft_s is None, "nothing was preprocessed, so TTFT is not known"
+    assert record.arms.pruned.prefill_s > 0
+    assert record.arms.pruned.decode_tokens_per_s > 0
+    assert all(layer.gamma is None for layer in record.layers), "random weights have no scores to tell of"
+    assert "Dummy weights" in profile_html(record)
+
+    # The rates of a recorded profile serve the next one.
+    again = tmp_path / "again.json"
+    words[words.index("--layer-rates") : words.index("--batch-size")] = ["--rates-from", str(target)]
+    words[-1] = str(again)
+    assert main(words) == 0
+    assert from_json(again.read_text(encoding="utf-8")).dummy.layer_rates[:2] == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--layer-rates", "0.5"], "--dummy-weights"),
+        (["--dummy-weights", "--layer-rates", "0.5,x"], "'x'"),
+        (["--dummy-weights", "--layer-rates", "1.5"], "'1.5'"),
+        (["--dummy-weights", "--vision-tokens", "0"], "vision-tokens"),
+        (["--dummy-weights", "--vision-tokens", "2", "--images", "3"], "3 images"),
+        (["--dummy-weights", "--rates-from", "nowhere.json"], "nowhere.json"),
+        (["--dummy-weights", "--prompt", "hello"], "synthetic"),
+        (["--dummy-weights", "--alpha", "0.5"], "scores"),
+        (["--dummy-weights", "--layer-rates", "0.5", "--rates-from", "x"], "exclude"),
+        (["--dummy-weights", "--model", "lava-7b"], "llava-1.5-7b"),
+        (["--dummy-weights", "--model", "builtin"], "built-in"),
+        (["--batch-size", "0", "--image", "x", "--prompt", "y"], "batch-size"),
+    ],
+)
+def test_bad_input_is_one_line(words, named, capsys):
+    assert main(["profile", *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert named in error
+    assert "Traceback" not in error
