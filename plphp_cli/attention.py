@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,14 @@ from plphp_cli.errors import ConfigError, NestedPruneError, UnsupportedError
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
 from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
-from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
+from plphp_cli.vision import (
+    VisionTokens,
+    as_inputs,
+    encode_images,
+    find_vision_tokens,
+    image_encoder,
+    takes_features,
+)
 
 # Flash and flex attention take masks of their own kind and have not been proven: refused by name.
 BACKENDS = ("sdpa", "eager")
@@ -44,6 +51,7 @@ class _Forward:
 
     thread: int
     cache: Cache
+    ids: Tensor | None = None
     vision: VisionTokens | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
@@ -136,6 +144,7 @@ class Pruner:
             refuse_forward(inputs)
             self.sequences = ()
             inputs = encode_images(model, inputs)
+            forward.ids = inputs["input_ids"]
             forward.vision = find_vision_tokens(model.config, inputs, self.image_tokens)
             layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
             forward.cache.layers = [
@@ -152,6 +161,15 @@ class Pruner:
         else:
             refuse_step(inputs)
         return (), inputs
+
+    def encode(self, encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own `encoder`; what it makes of the images tells which tokens of a prefill they are."""
+        features = encoder(*args, **kwargs)
+        forward = self._forward
+        if forward is not None and forward.vision is not None and forward.thread == threading.get_ident():
+            seen = {"input_ids": forward.ids, **as_inputs(features)}
+            forward.vision = find_vision_tokens(self._model.config, seen, self.image_tokens)
+        return features
 
     def after_forward(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model, also after an exception (then `output` is None)."""
@@ -263,6 +281,10 @@ def prune(
         ):
             stack.callback(hook.remove)
         stack.enter_context(_replaced(model, "generate", pruner.generate))
+        encoder = None if takes_features(model) else image_encoder(model)
+        if encoder is not None:  # images are encoded inside the forward: listen there
+            listening = wraps(encoder)(partial(pruner.encode, encoder))
+            stack.enter_context(_replaced(model.base_model, encoder.__name__, listening))
         yield pruner
 
 
@@ -330,6 +352,12 @@ def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -
     interface = getattr(source, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     stock = interface.get_interface(backend, getattr(source, "eager_attention_forward", None))
     pruner = _PRUNERS.get(module)
+    if pruner is not None and backend == "sdpa" and options.get("softcap") is not None:
+        # Older transformers would attend without the cap, and scores with it would be of another attention.
+        raise UnsupportedError(
+            "the model caps its attention logits, which sdpa does not compute",
+            hint="load it with eager attention",
+        )
     if pruner is None:
         return stock(module, *tensors, **options)
     return pruner.attend(stock, module, *tensors, **options)

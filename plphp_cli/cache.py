@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plphp_cli.errors import UnsupportedError
 
-
 _NEW_NAME, _OLD_NAME = "cache", "past_key_values"
 
 
@@ -36,6 +35,9 @@ class PrunableLayer(DynamicLayer):
         held: tokens that are stored.
     """
 
+    keys: Any
+    values: Any
+    is_initialized: bool
     is_croppable = True
 
     def __init__(self, **kwargs: Any) -> None:
@@ -131,6 +133,9 @@ class PrunableLayer(DynamicLayer):
         """Forget all tokens and free the buffer."""
         self.seen = self.held = self._prompt_held = 0
         self._buffers = None
+        # Let go of, as newer transformers does; 5.17 would zero the storages and keep them.
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

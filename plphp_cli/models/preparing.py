@@ -1,5 +1,6 @@
 """From decoded images and text to a model's inputs."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,11 @@ def prepare(
     conversation = messages(images, prompt_text, system, own if raw and own in prompt_text else PLACEHOLDER)
     template, notes = choose_template(loaded, raw)
     typed = [] if raw else _special_tokens(loaded, *prompt_text.split(PLACEHOLDER), system or "")
+    if typed and not _can_sanitize(loaded):
+        raise UsageError(
+            f"this version of transformers would obey {typed[0]} in the text instead of reading it",
+            hint="remove it, send it as it is with --raw-prompt, or install transformers 5.20 or newer",
+        )
     started = time.perf_counter()
     with quiet():
         text = _render(loaded, conversation, template)
@@ -107,6 +113,11 @@ def _special_tokens(loaded: LoadedModel, *texts: str) -> list[str]:
     return sorted(token for token in special if token.strip() and any(token in text for text in texts))
 
 
+def _can_sanitize(loaded: LoadedModel) -> bool:
+    """Whether the processor can be told to read special tokens as text: transformers since 5.20."""
+    return "sanitize_control_tokens" in inspect.signature(loaded.processor.apply_chat_template).parameters
+
+
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None) -> str:
     try:
         return loaded.processor.apply_chat_template(
@@ -119,6 +130,7 @@ def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: s
 def _process(
     loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None, sanitize: bool
 ) -> Any:
+    how: dict[str, Any] = {"sanitize_control_tokens": True} if sanitize else {}
     try:
         return loaded.processor.apply_chat_template(
             conversation,
@@ -127,7 +139,7 @@ def _process(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            sanitize_control_tokens=sanitize,
+            **how,
             processor_kwargs={"return_text_replacement_offsets": True},
         )
     except Exception as error:

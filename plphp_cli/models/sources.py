@@ -1,11 +1,13 @@
 """What a model's name stands for: the built-in model, a local folder, or a repository of the hub."""
 
+import contextlib
 import errno
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +157,13 @@ def cached_models() -> list[str]:
 
 def _from_hub(repository: str, revision: str | None, file: str | None) -> Path:
     """Fetch one file (its path) or, with `file` None, all that are wanted (their folder)."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import errors, hf_hub_download
 
     named = f"{repository}@{revision}" if revision else repository
     try:
         if file is not None:
             return Path(hf_hub_download(repository, file, revision=revision))
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
-            )
-        )
+        return Path(_snapshot(repository, revision))
     except errors.GatedRepoError as error:
         raise ModelError(
             f"model {repository} is gated: its owner asks you to accept terms",
@@ -196,6 +194,25 @@ def _from_hub(repository: str, revision: str | None, file: str | None) -> Path:
         raise PLPHPError(
             f"cannot fetch {named} from the hub: {_first_line(error)}", hint="check the network and try again"
         ) from error
+
+
+def _snapshot(repository: str, revision: str | None) -> str:
+    from huggingface_hub import errors, snapshot_download
+
+    fetch = partial(
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=list(_WANTED),
+        ignore_patterns=list(_UNWANTED),
+    )
+    try:
+        return str(fetch())
+    except Exception:
+        # The hub's client 1.33 asks for a commit's list of files even offline: the cache may hold them all.
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            return str(fetch(local_files_only=True))
+        raise
 
 
 def _first_line(error: BaseException) -> str:
