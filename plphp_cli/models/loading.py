@@ -40,7 +40,7 @@ def load(
         where = choose_device(device)
         kind = choose_dtype(dtype, where, source.builtin)
         check_attention(attn)
-        config = _config(source, config_json)
+        config = read_config(source, config_json)
     source = complete(source)
     with quiet():
         processor = _processor(source)
@@ -83,8 +83,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _config(source: Source, config_json: dict[str, Any]) -> Any:
-    """The model's config, after everything that a config alone can refuse."""
+def read_config(source: Source, config_json: dict[str, Any]) -> Any:
+    """The model's config, after everything that a config alone can refuse.
+
+    Raises:
+        ModelError: its type is unknown or no image-text-to-text model, or the config is not valid.
+        UnsupportedError: its architecture cannot be pruned.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -114,6 +119,12 @@ def _config(source: Source, config_json: dict[str, Any]) -> Any:
         ) from error
     check_model(config)
     return config
+
+
+def read_processor(source: Source) -> Any:
+    """The processor of a model, without the model. Raises `ModelError` when it cannot be loaded."""
+    with quiet():
+        return _processor(source)
 
 
 def _processor(source: Source) -> Any:

@@ -1,0 +1,21 @@
+"""`plphp doctor`: the environment in a form to paste into a bug report, with a hint per problem."""
+
+from plphp_cli.cli import options as opt
+from plphp_cli.cli.output import say, stdout_width, write_report
+from plphp_cli.doctor import examine
+from plphp_cli.reports.doctor import doctor_report
+
+
+def doctor(
+    json: opt.JsonOption = None, force: opt.ForceOption = False, debug: opt.DebugOption = False
+) -> int:
+    """Print the environment in a form to paste into a bug report, with a hint per problem.
+
+    It imports what plphp needs in a process of its own, and lets the built-in model answer. No tokens and no
+    passwords are printed, and the home folder is `~`. The exit code is 1 when nothing can be run.
+    """
+    opt.check_json_target(json, force)
+    say("looking: imports torch and transformers, and runs the built-in model (about 20 s)")
+    record = examine()
+    write_report(record, doctor_report(record, stdout_width()), json, force)
+    return 0 if record.usable else 1
