@@ -4,6 +4,7 @@ Importing it does not import torch or transformers.
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -145,10 +146,10 @@ def describe(
         where = choose_device(device)
         asked = choose_dtype(dtype, where, source.builtin)
         config = read_config(source, config_json)
+        notes: list[str] = []
+        kind = _weight_dtype(asked, config, notes)
         source = _with_small_files(source)
         model = _without_storage(config)
-    notes: list[str] = []
-    kind = _weight_dtype(asked, config, notes)
     return _card(source, config, model, kind, where, image_size, context, notes)
 
 
@@ -232,8 +233,9 @@ def _without_storage(config: Any) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    # A copy, since the model writes its dtype into it.
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        return AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def _weight_dtype(asked: Any, config: Any, notes: list[str]) -> "torch.dtype":
