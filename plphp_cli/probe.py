@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _told(error: BaseException) -> str:
-    """The chain of an error, innermost first, each in a line."""
+    """An error with what caused it, in one line."""
     parts: list[str] = []
     while error is not None and len(parts) < 4:
         text = str(error).strip()

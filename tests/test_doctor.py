@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,3 +225,13 @@ def test_the_command_prints_the_page_and_its_exit_code_says_whether_it_runs(
         assert main(["doctor"]) == code
         assert capsys.readouterr().out == doctor_report(dataclasses.replace(record, usable=usable), 80) + "\n"
     assert main(["doctor", "--json", str(tmp_path / "no" / "x.json")]) == 2
+
+
+def test_the_supported_range_is_stated_once_for_all():
+    root = Path(doctor.__file__).parents[1]
+    stated = re.search(r'"transformers>=(\d+)\.(\d+),<(\d+)\.(\d+)"', (root / "pyproject.toml").read_text())
+    oldest, beyond = tuple(map(int, stated.groups()[:2])), tuple(map(int, stated.groups()[2:]))
+    assert oldest == doctor.OLDEST_TRANSFORMERS
+    assert beyond == (doctor.NEWEST_TRANSFORMERS[0], doctor.NEWEST_TRANSFORMERS[1] + 1)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "transformers {}.{} to {}.{}".format(*oldest, *doctor.NEWEST_TRANSFORMERS) in readme
