@@ -181,8 +181,9 @@ def _card(
     step = decoder_weight_bytes(SimpleNamespace(model=model)) // 4 * width  # type: ignore[arg-type]
     needed = weights * width
     if getattr(config, "quantization_config", None) is not None:
-        notes.append("the weights are quantised: their size is that of the files, where it is known")
-        needed = stored or needed
+        known_size = "as the files are" if stored else "not known, so that of unquantised ones is shown"
+        notes.append(f"the weights are quantised: their size is {known_size}")
+        needed, step = stored or needed, step * (stored or needed) // needed
     if SLIDING in kinds or len(set(kinds)) > 1:
         notes.append("only the full-attention layers are pruned; the others keep what they hold")
     family = families.find(config.model_type)

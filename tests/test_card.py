@@ -128,6 +128,30 @@ def test_the_dtype_is_the_configs_unless_one_is_named(without_weights):
     assert any("assumed" in note for note in card.notes)
 
 
+def test_quantised_weights_are_as_large_as_their_files(toy, without_weights):
+    plain = describe(toy)
+    for folder, stored in ((without_weights, None), (without_weights, 12_345)):
+        path = folder / "config.json"
+        quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+        if stored is not None:
+            index = {"metadata": {"total_size": stored}, "weight_map": {}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        card = describe(str(folder))
+        assert card.parameters == plain.parameters
+        assert card.weight_bytes == (stored or plain.weight_bytes)
+        assert card.step_bytes == plain.step_bytes * card.weight_bytes // plain.weight_bytes
+        assert any("quantised" in note for note in card.notes)
+
+
+def test_a_name_cannot_write_to_the_terminal(without_weights, capsys):
+    odd = without_weights.rename(without_weights.parent / "odd\x1b[31m\nname")
+    assert main(["models", str(odd)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "odd\\x1b[31m\\nname" in out.splitlines()[0]
+
+
 def test_a_processor_that_refuses_the_image_costs_the_figure_alone(without_weights):
     (without_weights / "chat_template.jinja").write_text("{{- messages[0].nothing.at.all -}}")
     card = describe(str(without_weights))

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from plphp_cli.reports.text import visible
+from plphp_cli.reports.text import one_line, visible
 
 _GAP = 2
 
@@ -40,7 +40,7 @@ def paragraph(text: str, width: int, indent: str = "") -> list[str]:
 
 def rule(title: str, width: int) -> str:
     """A heading across the width."""
-    return f"-- {title} ".ljust(width, "-")
+    return f"-- {one_line(title)} ".ljust(width, "-")
 
 
 def _wrapped(cell: str, width: int) -> list[str]:
