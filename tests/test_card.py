@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from families import as_prompt
@@ -219,3 +223,20 @@ def test_stdout_is_the_card_or_the_record(without_weights, tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "card.json").read_text())
     assert record["image"]["vision_tokens"] == TOKENS_PER_IMAGE
+
+
+def test_of_a_hub_model_everything_but_the_weights_is_fetched(toy, tmp_path):
+    hub_server = pytest.importorskip("hub_server")
+    with hub_server.serving(hub_server.Hub(folders={"org/toy": Path(toy)})) as hub:
+        run = subprocess.run(
+            [sys.executable, "-m", "plphp_cli", "models", "org/toy", "--json", "-"],
+            env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    card = json.loads(run.stdout)
+    assert card["image"]["vision_tokens"] == TOKENS_PER_IMAGE
+    assert card["revision"] == hub_server.COMMITS["main"]
+    assert any("tokenizer.json" in line for line in hub.asked)
+    assert not any(line.partition("?")[0].split()[1].endswith(".safetensors") for line in hub.asked)
+    assert not list(tmp_path.rglob("*.safetensors"))
