@@ -302,6 +302,8 @@ def _nvidia_seen() -> bool | None:
     """Whether the machine has an NVIDIA GPU, whatever torch says; None where that cannot be told."""
     if not sys.platform.startswith("linux"):
         return True if shutil.which("nvidia-smi") else None
+    if Path("/dev/dxg").exists() and shutil.which("nvidia-smi"):  # Linux inside Windows
+        return True
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 

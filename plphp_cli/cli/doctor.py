@@ -11,8 +11,9 @@ def doctor(
 ) -> int:
     """Print the environment in a form to paste into a bug report, with a hint per problem.
 
-    It imports what plphp needs in a process of its own, and lets the built-in model answer. No tokens and no
-    passwords are printed, and the home folder is `~`. The exit code is 1 when nothing can be run.
+    It imports what plphp needs, and lets the built-in model answer, in a process of its own.
+
+    No tokens or passwords are printed; the home folder is `~`. Exit code 1: nothing can be run.
     """
     opt.check_json_target(json, force)
     say("looking: imports torch and transformers, and runs the built-in model (about 20 s)")
