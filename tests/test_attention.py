@@ -252,6 +252,21 @@ def test_a_back_end_that_was_not_proven_is_refused(llava, backend):
     assert snapshot(model) == before
 
 
+def test_capped_logits_are_refused_on_a_back_end_that_does_not_cap():
+    family = load("paligemma2")
+    model = family.fresh().model
+    if not model.get_decoder()._supports_sdpa:
+        pytest.skip("this transformers does not load the model with sdpa")
+    for module in (model.config, model.get_decoder().config):
+        module._attn_implementation_internal = "sdpa"
+    with (
+        pytest.raises(UnsupportedError, match="caps its attention logits"),
+        prune(model, CUT),
+        torch.no_grad(),
+    ):
+        model(**family.prompts[0])
+
+
 def test_a_layer_that_is_not_there_cannot_be_skipped(llava):
     before = snapshot(llava.model)
     config = CUT.replace(skip_layers=[4])

@@ -143,7 +143,6 @@ def test_logits_processors_of_the_generation_config_are_used(llava):
         expected = family.model.generate(**family.prompts[0], max_new_tokens=16, do_sample=False)[0, 47:]
     tokens = tokens_of(family.loaded, as_prompt(family.prompts[0]), CUT, max_new_tokens=16)
     assert list(tokens) == expected.tolist()
-    assert tokens != tokens_of(llava.loaded, as_prompt(llava.prompts[0]), CUT, max_new_tokens=16)
 
 
 @pytest.mark.parametrize("events", [1, 2, 4])

@@ -1,5 +1,6 @@
 """From decoded images and text to a model's inputs."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -103,6 +104,11 @@ def _prepared(
 ) -> Prompt:
     """The prompt of a conversation; `typed` special tokens are read as text, `placed` images checked."""
     template, notes = choose_template(loaded, raw)
+    if typed and not _can_sanitize(loaded):
+        raise UsageError(
+            f"this version of transformers would obey {typed[0]} in the text instead of reading it",
+            hint="remove it, send it as it is with --raw-prompt, or install transformers 5.20 or newer",
+        )
     started = time.perf_counter()
     with quiet():
         text = _render(loaded, conversation, template)
@@ -156,6 +162,11 @@ def _special_tokens(loaded: LoadedModel, *texts: str) -> list[str]:
     return sorted(token for token in special if token.strip() and any(token in text for text in texts))
 
 
+def _can_sanitize(loaded: LoadedModel) -> bool:
+    """Whether the processor can be told to read special tokens as text: transformers since 5.20."""
+    return "sanitize_control_tokens" in inspect.signature(loaded.processor.apply_chat_template).parameters
+
+
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None) -> str:
     try:
         return loaded.processor.apply_chat_template(
@@ -168,6 +179,7 @@ def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: s
 def _process(
     loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None, sanitize: bool
 ) -> Any:
+    how: dict[str, Any] = {"sanitize_control_tokens": True} if sanitize else {}
     try:
         return loaded.processor.apply_chat_template(
             conversation,
@@ -176,7 +188,7 @@ def _process(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            sanitize_control_tokens=sanitize,
+            **how,
             processor_kwargs={"return_text_replacement_offsets": True, **loaded.options.processor_args},
         )
     except Exception as error:
