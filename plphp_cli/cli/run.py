@@ -8,7 +8,9 @@ import typer
 from plphp_cli import parallel
 from plphp_cli.chat.records import RECUTS
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.answers import answer_file, check_batch
 from plphp_cli.cli.chat import converse
+from plphp_cli.cli.dummy_options import BatchSizeOption, CompileOption
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.load_options import check_model, with_load_options
@@ -23,6 +25,7 @@ from plphp_cli.cli.output import (
     write_files,
     write_stdout,
 )
+from plphp_cli.cli.questions import read_questions
 from plphp_cli.cli.session import PRUNED, UNPRUNED, RunRequest, RunSession
 from plphp_cli.errors import PLPHPError, UsageError
 from plphp_cli.images import load_image
@@ -39,6 +42,8 @@ def run(
     system: opt.SystemOption = None,
     raw_prompt: opt.RawPromptOption = False,
     chat: opt.ChatOption = False,
+    data: opt.DataOption = None,
+    batch_size: BatchSizeOption = 1,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
     options: LoadOptions = DEFAULTS,
@@ -56,6 +61,7 @@ def run(
     top_p: opt.TopPOption = None,
     stop: opt.StopOption = None,
     seed: opt.SeedOption = 0,
+    compile: CompileOption = False,
     no_baseline: opt.NoBaselineOption = False,
     json: opt.JsonOption = None,
     force: opt.ForceOption = False,
@@ -78,6 +84,24 @@ def run(
         skip_layers=skip_layers,
     )
     chosen, origin = opt.choose_config(model, config, knobs)
+    check_batch(batch_size, data, chat)
+    if data is not None:
+        questions = read_questions(image, prompt, data, system, max_pixels)
+        check_model(model, options)
+        request = RunRequest(
+            images=(),
+            prompt="",
+            system=system,
+            model=model,
+            config=chosen,
+            config_origin=origin,
+            generation=generation,
+            baseline=False,
+            options=options,
+            command=tuple(context.obj or sys.argv),
+            compile=compile,
+        )
+        return answer_file(request, questions, batch_size, json, force)
     recut = _check_chat(chat, recut, image, prompt, raw_prompt)
     text = _read_texts(chat, prompt, system, raw_prompt)
     shown = tuple(load_image(path, max_pixels) for path in image or ())
@@ -94,6 +118,7 @@ def run(
         baseline=not no_baseline,
         options=options,
         command=tuple(context.obj or sys.argv),
+        compile=compile,
     )
     if chat:
         return converse(request, recut, max_pixels, json_target=json, force=force)

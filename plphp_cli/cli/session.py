@@ -26,6 +26,7 @@ from plphp_cli.results import (
 )
 
 if TYPE_CHECKING:
+    from plphp_cli.compiled import StepCompiler
     from plphp_cli.generate import Settings
     from plphp_cli.models import LoadedModel
     from plphp_cli.prompt import Prompt
@@ -49,6 +50,7 @@ class RunRequest:
     options: LoadOptions
     command: tuple[str, ...]
     raw_prompt: bool = False
+    compile: bool = False
 
 
 class RunSession:
@@ -71,6 +73,7 @@ class RunSession:
         self._request = request
         self._say, self._answer, self._check = say, answer, check
         self._loaded: LoadedModel | None = None
+        self._compiler: StepCompiler | None = None
         self._prompt: Prompt | None = None
         self._sampler: MemorySampler | None = None
         self._memory: dict[str, MemoryRecord] = {}
@@ -208,10 +211,22 @@ class RunSession:
             notes=(
                 *(() if loaded is None else loaded.warnings),
                 *(() if prompt is None else prompt.notes),
+                *self._compile_notes(),
                 *notes,
             ),
             interrupted=interrupted,
         )
+
+    def _compile_notes(self) -> list[str]:
+        if self._compiler is None:
+            return []
+        stats = self._compiler.stats
+        if stats.refused is not None:
+            return [f"steps ran uncompiled: {stats.refused}"]
+        return [
+            f"compiled steps: {stats.captures} captures for {stats.batches} decodes, "
+            f"{stats.compile_s:.1f} s of compiling and capturing"
+        ]
 
     def _prepare(self) -> None:
         from plphp_cli.models import prepare
@@ -230,11 +245,16 @@ class RunSession:
         return Settings(max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop)
 
     def _stream(self, policy: PLPHPConfig | None, settings: "Settings") -> Any:
+        from plphp_cli.decoding import step_compiler, stream_compiled
         from plphp_cli.generate import stream
 
         assert self._prompt is not None
         assert self._loaded is not None
-        return stream(self._loaded, self._prompt, policy, settings)
+        if not self._request.compile:
+            return stream(self._loaded, self._prompt, policy, settings)
+        # The warm-up compiles and captures; both arms then decode by what it left.
+        self._compiler = self._compiler or step_compiler(self._loaded)
+        return stream_compiled(self._loaded, self._prompt, policy, settings, self._compiler)
 
     def _follow(self, arm: ArmSnapshot, events: Any) -> None:
         """Show each event of a stream; close the stream whatever happens, so that the model is restored."""
