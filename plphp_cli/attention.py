@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,14 @@ from plphp_cli.joined import HANDLE, JoinedLayer, attend_held, attend_joined, is
 from plphp_cli.pruning import PLPHPPolicy, Policy, as_policy, last_token_attention
 from plphp_cli.sequence import LayerState, SequenceState, decide, layer_state, left_alone, on_host
 from plphp_cli.support import FULL, layer_kinds, refuse_cache, refuse_forward, refuse_generate, refuse_step
-from plphp_cli.vision import VisionTokens, encode_images, find_vision_tokens
+from plphp_cli.vision import (
+    VisionTokens,
+    as_inputs,
+    encode_images,
+    find_vision_tokens,
+    image_encoder,
+    takes_features,
+)
 
 
 @dataclass(eq=False)
@@ -37,6 +45,7 @@ class _Forward:
 
     thread: int
     cache: Cache
+    ids: Tensor | None = None
     vision: VisionTokens | None = None
     states: dict[int, LayerState] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
@@ -129,6 +138,7 @@ class Pruner:
             refuse_forward(inputs)
             self.sequences = ()
             inputs = encode_images(model, inputs)
+            forward.ids = inputs["input_ids"]
             forward.vision = find_vision_tokens(model.config, inputs, self.image_tokens)
             layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
             forward.cache.layers = [
@@ -147,6 +157,15 @@ class Pruner:
         else:
             refuse_step(inputs)
         return (), inputs
+
+    def encode(self, encoder: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own `encoder`; what it makes of the images tells which tokens of a prefill they are."""
+        features = encoder(*args, **kwargs)
+        forward = self._forward
+        if forward is not None and forward.vision is not None and forward.thread == threading.get_ident():
+            seen = {"input_ids": forward.ids, **as_inputs(features)}
+            forward.vision = find_vision_tokens(self._model.config, seen, self.image_tokens)
+        return features
 
     def after_forward(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Forward hook of the model, also after an exception (then `output` is None)."""
@@ -260,6 +279,10 @@ def prune(
         ):
             stack.callback(hook.remove)
         stack.enter_context(_replaced(model, "generate", pruner.generate))
+        encoder = None if takes_features(model) else image_encoder(model)
+        if encoder is not None:  # images are encoded inside the forward: listen there
+            listening = wraps(encoder)(partial(pruner.encode, encoder))
+            stack.enter_context(_replaced(model.base_model, encoder.__name__, listening))
         yield pruner
 
 
@@ -328,6 +351,12 @@ def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -
         return attend_joined(query, key, value, options), None  # inside a compiled layer
     stock = backends.stock(backend, module)
     pruner = _PRUNERS.get(module)
+    if pruner is not None and backend == "sdpa" and options.get("softcap") is not None:
+        # Older transformers would attend without the cap, and scores with it would be of another attention.
+        raise UnsupportedError(
+            "the model caps its attention logits, which sdpa does not compute",
+            hint="load it with eager attention",
+        )
     if pruner is None:
         return stock(module, *tensors, **options)
     return pruner.attend(stock, module, *tensors, **options)

@@ -38,6 +38,9 @@ class PrunableLayer(DynamicLayer):
             The decode engine says so for both arms alike; `model.generate` inside `prune` stays bit-equal.
     """
 
+    keys: Any
+    values: Any
+    is_initialized: bool
     is_croppable = True
 
     def __init__(self, **kwargs: Any) -> None:
@@ -153,6 +156,9 @@ class PrunableLayer(DynamicLayer):
         """Forget all tokens and free the buffer."""
         self.seen = self.held = self._prompt_held = 0
         self._buffers = None
+        # Let go of, as newer transformers does; 5.17 would zero the storages and keep them.
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

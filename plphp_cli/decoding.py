@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from plphp_cli.answer_text import AnswerText
 from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.compiled import Step, StepCompiler
@@ -33,7 +34,6 @@ from plphp_cli.generate import (
     _forward,
     _Sampler,
     _Stopwatch,
-    _Text,
     prefill,
 )
 from plphp_cli.joined import join
@@ -202,7 +202,7 @@ class _Sequence:
     def __init__(self, loaded: "LoadedModel", prompt: Prefilled, index: int, settings: Settings) -> None:
         self._index = index
         self._choose = _Sampler(loaded.model, prompt.input_ids, settings)
-        self._text = _Text(loaded.processor)
+        self._text = AnswerText(loaded.processor, settings.stop, self._choose.eos)
         self._ids = prompt.input_ids
         self.ended = False
 
@@ -214,13 +214,11 @@ class _Sequence:
 
     def take(self, index: int, token_id: int, elapsed_s: float, last: bool) -> list[Row]:
         """The token's event, and `Done` where it is the answer's last."""
-        ended = token_id in self._choose.eos
-        self.ended = ended or last
-        text = self._text.add(token_id, flush=last or ended)
+        text, reason = self._text.take(token_id, self._ids, last)
+        self.ended = reason is not None
         events = [Row(self._index, Token(index, token_id, text, elapsed_s))]
-        if last or ended:
-            done = Done(self._text.text, tuple(self._text.ids), "eos" if ended else "length")
-            events.append(Row(self._index, done))
+        if reason is not None:
+            events.append(Row(self._index, Done(self._text.text, tuple(self._text.ids), reason)))
         return events
 
 

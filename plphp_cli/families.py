@@ -32,6 +32,7 @@ class Family:
         torchvision: whether its processor needs torchvision.
         brief: those of its types that are held to fewer settings, and without their real processor.
         plain: whether a prompt without a chat template is the images and the text, nothing else.
+        whole: whether every token of a prompt sees every other, so that a longer prompt is another one.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Family:
     torchvision: bool = False
     brief: tuple[str, ...] = ()
     plain: bool = False
+    whole: bool = False
 
 
 FAMILIES = (
@@ -90,6 +92,7 @@ FAMILIES = (
         IMAGE,
         "the whole prompt sees itself; 2: sliding layers left alone, softcap (`--attn eager`)",
         plain=True,
+        whole=True,
     ),
     Family(
         "GLM-4.1V, 4.5V, 4.6V",

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from plphp_cli import parallel
+from plphp_cli.answer_text import AnswerText, check_stop
 from plphp_cli.attention import Pruner, prune
 from plphp_cli.cache import cache_name, cache_of, fork_cache
 from plphp_cli.config import PLPHPConfig
@@ -46,6 +47,7 @@ class Settings:
             model's.
         seed: of the sampling.
         stop_at_eos: False suppresses the end of sequence, so that exactly `max_new_tokens` come (for timing).
+        stop: texts that end the answer, which then ends with the one that was met.
 
     Raises:
         UsageError: a value is out of range.
@@ -56,6 +58,7 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     stop_at_eos: bool = True
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -64,6 +67,7 @@ class Settings:
             raise UsageError(f"temperature = {self.temperature:g}; expected a number of at least 0")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p = {self.top_p:g}; expected a number in (0, 1]")
+        check_stop(self.stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """The whole answer; `stop_reason` is `eos` or `length`. The ids include the end of sequence."""
+    """The whole answer; `stop_reason` is `eos`, `stop` or `length`. The ids include the end of sequence."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -170,12 +174,13 @@ def stream(
     ids = prompt.inputs["input_ids"]
     with prune(loaded.model, policy) as pruner:
         choose = _Sampler(loaded.model, ids, settings)
+        text = AnswerText(loaded.processor, settings.stop, choose.eos)  # not timed: it reads the vocabulary
         watch = _Stopwatch(clock, ids.device)
         prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
         state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()
         done = PrefillDone(watch.elapsed(), state.layers, state.prompt_tokens, vision_tokens)
         yield from watch.pausing(iter([done]))
-        yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
+        yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, text, watch))
 
 
 def decode(
@@ -183,8 +188,9 @@ def decode(
 ) -> Iterator[Token | Done]:
     """Decode from a prefilled prompt, inside `prune`; `elapsed_s` counts from the start of decoding."""
     choose = _Sampler(loaded.model, prefilled.input_ids, settings)
+    text = AnswerText(loaded.processor, settings.stop, choose.eos)
     watch = _Stopwatch(clock, prefilled.input_ids.device)
-    yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, watch))
+    yield from watch.pausing(_decode(loaded, prefilled, settings.max_new_tokens, choose, text, watch))
 
 
 def own_place(loaded: "LoadedModel", prefilled: Prefilled, ids: Sequence[int], logits: Tensor) -> int | None:
@@ -226,7 +232,7 @@ def decode_after(
     rest = Prefilled(longer, prefilled.cache, logits, prefilled.positions, prefilled.state)
     *_, done = decode(loaded, rest, Settings(max_new_tokens - len(ids)))
     assert isinstance(done, Done)
-    whole, text = (*ids, *done.token_ids), _Text(loaded.processor)
+    whole, text = (*ids, *done.token_ids), AnswerText(loaded.processor)
     for place, token_id in enumerate(whole, 1):
         text.add(token_id, flush=place == len(whole))
     return Done(text.text, whole, done.stop_reason)
@@ -279,22 +285,25 @@ def _forward(model: Any, ids: Tensor, cache: Cache, positions: Tensor | None, **
 
 
 def _decode(
-    loaded: "LoadedModel", prefilled: Prefilled, count: int, choose: "_Sampler", watch: "_Stopwatch"
+    loaded: "LoadedModel",
+    prefilled: Prefilled,
+    count: int,
+    choose: "_Sampler",
+    text: AnswerText,
+    watch: "_Stopwatch",
 ) -> Iterator[Token | Done]:
-    text = _Text(loaded.processor)
     ids, logits = prefilled.input_ids, prefilled.logits
     for index in range(count):
         token = choose(ids, logits)
         token_id = int(token)
         elapsed_s = watch.elapsed()
         ids = torch.cat([ids, token], dim=-1)
-        ended = token_id in choose.eos
-        last = ended or index + 1 == count
-        yield Token(index, token_id, text.add(token_id, flush=last), elapsed_s)
-        if last:
-            break
+        piece, reason = text.take(token_id, ids, last=index + 1 == count)
+        yield Token(index, token_id, piece, elapsed_s)
+        if reason is not None:
+            yield Done(text.text, tuple(text.ids), reason)
+            return
         logits = advance(loaded, prefilled, token)[-1]
-    yield Done(text.text, tuple(text.ids), "eos" if ended else "length")
 
 
 class _Sampler:
@@ -307,6 +316,10 @@ class _Sampler:
         config, _ = model._prepare_generation_config(
             None,
             do_sample=self.sample,
+            # What a checkpoint's own generation config may ask for, and this loop does not do.
+            num_beams=1,
+            num_return_sequences=1,
+            guidance_scale=None,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=None if settings.stop_at_eos else settings.max_new_tokens,
             **(options if self.sample else {}),
@@ -325,36 +338,6 @@ class _Sampler:
         if self.sample:
             return self.agree(torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator))
         return self.agree(scores.argmax(dim=-1, keepdim=True))
-
-
-class _Text:
-    """Text of a growing list of ids, given out as far as it is sure.
-
-    The last tokens are decoded again behind those before them, because a tokenizer may spell a token by its
-    neighbours (leading spaces) and a character may take several tokens (then it ends in U+FFFD and waits).
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self.ids: list[int] = []
-        self.text = ""
-        self._tokenizer = getattr(processor, "tokenizer", processor)
-        self._start = self._read = 0
-
-    def add(self, token_id: int, flush: bool = False) -> str:
-        """Add one id; returns the new text, with whatever is incomplete if `flush`."""
-        self.ids.append(token_id)
-        if self._tokenizer is None:
-            return ""
-        before = self._decode(self.ids[self._start : self._read])
-        now = self._decode(self.ids[self._start :])
-        if not flush and (now.endswith("\ufffd") or len(now) <= len(before)):
-            return ""
-        self._start, self._read = self._read, len(self.ids)
-        self.text += now[len(before) :]
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class _Stopwatch:

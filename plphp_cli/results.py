@@ -65,13 +65,14 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """How tokens were chosen: greedy when `temperature` is None."""
+    """How tokens were chosen, greedy when `temperature` is None, and the texts that ended an answer."""
 
     max_new_tokens: int
     temperature: float | None = None
     top_p: float | None = None
     seed: int = 0
     stop_at_eos: bool = True
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class ArmRecord:
 
     `ttft_s` is preprocessing + prefill + choosing the first token. `decode_tokens_per_s` is null under 16
     decode steps. `kv_bytes_held` is the cache after the cut, prompt only; `kv_bytes_full` had nothing been
-    cut; `kv_bytes_allocated` the storages with the room for new tokens. `stop_reason` is `eos`, `length` or
-    `interrupted`.
+    cut; `kv_bytes_allocated` the storages with the room for new tokens. `stop_reason` is `eos`, `stop`,
+    `length` or `interrupted`.
     """
 
     text: str
@@ -157,7 +158,7 @@ class ArmRecord:
             elapsed_s: per new token, seconds from the start of prefill to that token on the host.
             preprocess_s: seconds spent on images and text before prefill.
             prefill_s: seconds of prefill; None when it did not end.
-            stop_reason: `eos`, `length` or `interrupted`.
+            stop_reason: `eos`, `stop`, `length` or `interrupted`.
             layers: this arm's layers, empty when prefill did not end.
         """
         decode_s = elapsed_s[-1] - elapsed_s[0] if len(elapsed_s) > 1 else None

@@ -106,8 +106,20 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         config: the generation config as `generate` merges it.
         arguments: the other keyword arguments of the call.
     """
+    for refused, feature, hint in _refusals(config, arguments):
+        if refused:
+            raise UnsupportedError(f"{feature} is not supported while pruning", hint=hint)
+
+
+def left_out(config: GenerationConfig) -> list[str]:
+    """What a model's own generation config asks for and the engine of the commands leaves out, by name."""
+    return [feature for refused, feature, _ in _refusals(config, {}) if refused]
+
+
+def _refusals(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[tuple[bool, str, str]]:
+    """Per feature that is not supported: whether it was asked for, its name, what to do instead."""
     past = given_cache(arguments)
-    refusals = [
+    return [
         (config.num_beams not in (None, 1), "beam search (num_beams > 1)", "use num_beams=1"),
         (
             config.num_return_sequences not in (None, 1),
@@ -117,9 +129,21 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         (
             arguments.get("assistant_model") is not None
             or config.prompt_lookup_num_tokens is not None
-            or getattr(config, "assistant_early_exit", None) is not None,
+            or getattr(config, "assistant_early_exit", None) is not None
+            or bool(getattr(config, "use_mtp", None)),
             "assisted decoding",
-            "leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit",
+            "leave out assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
+        ),
+        (
+            bool(getattr(config, "penalty_alpha", None)) and not config.do_sample,
+            "contrastive search (penalty_alpha)",
+            "leave out penalty_alpha",
+        ),
+        (getattr(config, "dola_layers", None) is not None, "DoLa (dola_layers)", "leave out dola_layers"),
+        (
+            any(getattr(config, name, None) is not None for name in ("constraints", "force_words_ids")),
+            "constrained beam search",
+            "leave out constraints and force_words_ids",
         ),
         (config.prefill_chunk_size is not None, "prefill_chunk_size", "prefill in one piece"),
         (
@@ -143,9 +167,6 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
         (bool(config.token_healing), "token_healing", "heal the prompt before generating"),
         (arguments.get("custom_generate") is not None, "custom_generate", "use the model's own generate"),
     ]
-    for refused, feature, hint in refusals:
-        if refused:
-            raise UnsupportedError(f"{feature} is not supported while pruning", hint=hint)
 
 
 def refuse_forward(inputs: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Which positions of a prompt hold vision tokens, and which image each belongs to."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,19 +47,40 @@ def image_token_id(config: Any) -> int | None:
     return _first_id(config, IMAGE_TOKEN_NAMES)
 
 
+def image_encoder(model: nn.Module) -> Callable[..., Any] | None:
+    """The method by which the model itself encodes a prompt's images; None if it has none of that name."""
+    return getattr(getattr(model, "base_model", model), "get_image_features", None)
+
+
+def takes_features(model: nn.Module) -> bool:
+    """Whether the model's forward can be given encoded images: since transformers 5.18."""
+    return _ENCODED in inspect.signature(model.forward).parameters
+
+
+def image_features(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What the model's own vision encoder makes of the pixels in `inputs`; None where there are none."""
+    encoder = image_encoder(model)
+    if inputs.get(_PIXELS) is None or inputs.get(_ENCODED) or encoder is None:
+        return None
+    names = inspect.signature(encoder).parameters
+    return encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
+
+
 def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """`inputs` with the pixels replaced by the features of the model's own vision encoder.
 
     This is what `generate` does before it prefills; it also tells how many tokens each image expands to.
-    Inputs without pixels, and models that do not take encoded images, are returned as they came.
+    Inputs without pixels, and those of models that do not take encoded images, are returned as they came.
     """
-    encoder = getattr(getattr(model, "base_model", model), "get_image_features", None)
-    takes_features = _ENCODED in inspect.signature(model.forward).parameters
-    if inputs.get(_PIXELS) is None or inputs.get(_ENCODED) or encoder is None or not takes_features:
+    features = image_features(model, inputs) if takes_features(model) else None
+    if features is None:
         return dict(inputs)
-    names = inspect.signature(encoder).parameters
-    features = encoder(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
-    return {**{k: v for k, v in inputs.items() if k != _PIXELS}, _ENCODED: {"image": features}}
+    return {**{k: v for k, v in inputs.items() if k != _PIXELS}, **as_inputs(features)}
+
+
+def as_inputs(features: Any) -> dict[str, Any]:
+    """Encoded images as a model's forward takes them."""
+    return {_ENCODED: {"image": features}}
 
 
 def find_vision_tokens(

@@ -31,9 +31,9 @@ IMAGES_FIRST = (
     "{%- endfor -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
 INSTRUCT = (
-    "{{- bos_token -}}{%- for message in messages -%}{{- '[INST]' -}}"
+    "{{- bos_token -}}{%- for message in messages -%}{{- '[INST]' if message.role != 'assistant' -}}"
     "{%- for part in message.content -%}{{- IMAGE if part.type == 'image' else part.text -}}{%- endfor -%}"
-    "{{- '[/INST]' -}}{%- endfor -%}"
+    "{{- eos_token if message.role == 'assistant' else '[/INST]' -}}{%- endfor -%}"
 )
 IDEFICS = (
     "{{- '<|im_start|>' -}}{%- for message in messages -%}{{- message.role | capitalize -}}"
@@ -44,7 +44,8 @@ IDEFICS = (
     "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
 )
 GEMMA = (
-    "{{- bos_token -}}{%- for message in messages -%}{{- '<start_of_turn>' + message.role + '\n' -}}"
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}"
     "{%- for part in message.content -%}"
     "{{- '<start_of_image>' if part.type == 'image' else part.text | trim -}}{%- endfor -%}"
     "{{- '<end_of_turn>\n' -}}{%- endfor -%}"
@@ -57,7 +58,8 @@ GLM = (
     "{%- endfor -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}"
 )
 AYA = (
-    "{{- bos_token -}}{%- for message in messages -%}{{- '<|START_OF_TURN_TOKEN|><|USER_TOKEN|>' -}}"
+    "{{- bos_token -}}{%- for message in messages -%}{{- '<|START_OF_TURN_TOKEN|>' -}}"
+    "{{- '<|CHATBOT_TOKEN|>' if message.role == 'assistant' else '<|USER_TOKEN|>' -}}"
     "{%- for part in message.content -%}{{- '<image>' if part.type == 'image' else part.text -}}"
     "{%- endfor -%}"
     "{{- '<|END_OF_TURN_TOKEN|>' -}}{%- endfor -%}"

@@ -224,6 +224,7 @@ def paligemma2(seed: int = 0) -> Family:
         projection_dim=64,
         hidden_size=64,
     )
+    config._attn_implementation = "eager"
     return whole("paligemma2", PaliGemmaForConditionalGeneration(config), seed, 0)
 
 

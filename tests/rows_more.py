@@ -71,7 +71,7 @@ def vipllava(seed: int = 0) -> Family:
         vision_config=CLIPVisionConfig(**TOWER),
         text_config=LlamaConfig(**TEXT),
         image_token_index=IMAGE,
-        vision_feature_layer=[-1, -2],
+        vision_feature_layers=[-1, -2],
     )
     model = randomised(VipLlavaForConditionalGeneration(config), seed)
     images = pixels(3, seed)

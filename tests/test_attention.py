@@ -180,6 +180,11 @@ def test_one_forward_call_is_a_prefill_of_its_own(llava):
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
         ({"assistant_model": "itself"}, "assisted decoding"),
+        ({"assistant_early_exit": 1}, "assisted decoding"),
+        ({"use_mtp": True}, "assisted decoding"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "DoLa"),
+        ({"force_words_ids": [[5]]}, "constrained beam search"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
         ({"cache_implementation": "static"}, "static"),
         ({"cache_implementation": "offloaded"}, "offloaded"),
@@ -245,6 +250,21 @@ def test_a_back_end_that_was_not_proven_is_refused(llava, backend):
     with pytest.raises(UnsupportedError, match="is not supported"), prune(model, CUT):
         pass
     assert snapshot(model) == before
+
+
+def test_capped_logits_are_refused_on_a_back_end_that_does_not_cap():
+    family = load("paligemma2")
+    model = family.fresh().model
+    if not model.get_decoder()._supports_sdpa:
+        pytest.skip("this transformers does not load the model with sdpa")
+    for module in (model.config, model.get_decoder().config):
+        module._attn_implementation_internal = "sdpa"
+    with (
+        pytest.raises(UnsupportedError, match="caps its attention logits"),
+        prune(model, CUT),
+        torch.no_grad(),
+    ):
+        model(**family.prompts[0])
 
 
 def test_a_layer_that_is_not_there_cannot_be_skipped(llava):

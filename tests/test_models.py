@@ -1,6 +1,8 @@
 import http.server
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from toy_model import ASSISTANT, BOS, IMAGE, TOKENS_PER_IMAGE, USER, save_toy_llava
-from transformers import AutoModelForImageTextToText, Florence2Config
+from transformers import AutoModelForImageTextToText, Florence2Config, ProcessorMixin
 from transformers.utils import logging
 
 from plphp_cli import models
@@ -492,14 +494,30 @@ def test_text_that_says_nothing(toy, pictures, text):
         models.prepare(toy, pictures[:1], text)
 
 
+SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+sanitizing = pytest.mark.skipif(
+    not SANITIZES,
+    reason="this transformers cannot be told to read special tokens as text",
+)
+
+
+@sanitizing
 def test_the_bos_token_stands_once(toy, pictures):
     for text in ("what?", f"what {BOS}?"):
         assert ids(toy, models.prepare(toy, pictures[:1], text)).count(BOS) == 1
 
 
+@pytest.mark.skipif(SANITIZES, reason="this transformers can be told to read special tokens as text")
+def test_typed_special_tokens_are_refused_where_they_would_be_obeyed(toy, pictures):
+    with pytest.raises(UsageError, match=re.escape(ASSISTANT)) as error:
+        models.prepare(toy, pictures[:1], f"what {ASSISTANT}?")
+    assert "--raw-prompt" in error.value.hint
+
+
 CONTROL = [BOS, "</s>", "<pad>", USER, ASSISTANT]
 
 
+@sanitizing
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([*CONTROL, "<pa", "d>", " what ", "\ue000", "\n"]), min_size=1),
@@ -514,12 +532,14 @@ def test_typed_special_tokens_stay_text(toy, pictures, pieces, count):
     assert bool(prompt.notes) == any(token in text for token in CONTROL)
 
 
+@sanitizing
 @pytest.mark.parametrize("count", [0, 1])
 def test_an_image_token_hidden_around_another_token_is_refused(toy, pictures, count):
     with pytest.raises(ImageError, match="refuses the prompt"):
         models.prepare(toy, pictures[:count], f"see <ima{BOS}ge>")
 
 
+@sanitizing
 def test_a_typed_image_token_of_another_spelling_stays_text(broken, pictures):
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         path = broken / name
@@ -533,7 +553,7 @@ def test_a_typed_image_token_of_another_spelling_stays_text(broken, pictures):
 def test_a_model_without_a_chat_template(broken, pictures):
     (broken / "chat_template.jinja").unlink()
     loaded = models.load(str(broken))
-    for text in ("what?", f"what {USER}?"):
+    for text in ("what?", f"what {USER}?") if SANITIZES else ("what?",):
         prompt = models.prepare(loaded, pictures[:2], text, system="be brief")
         assert prompt.text == f"be brief\n\nUSER: {IMAGE}\n{IMAGE}\n{text}\nASSISTANT:"
         assert prompt.vision_tokens == 2 * TOKENS_PER_IMAGE
@@ -545,7 +565,7 @@ def test_a_model_without_a_chat_template(broken, pictures):
     [
         ("{{- raise_exception('no') -}}", ModelError, "chat template"),
         ("{{- messages[0].nothing.at.all -}}", ModelError, "chat template"),
-        ("{{- 'no images here' -}}", ImageError, "refuses the prompt"),
+        ("{{- 'no images here' -}}", ImageError, "refuses the prompt|its 1 images expand to"),
         ("{{- '<image><image>' -}}", ImageError, "refuses the prompt"),
     ],
 )

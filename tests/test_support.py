@@ -3,6 +3,7 @@ from families import FAMILIES, load
 from transformers import (
     DeepseekV3Config,
     Gemma3nConfig,
+    GenerationConfig,
     Llama4Config,
     MllamaConfig,
     Qwen3NextConfig,
@@ -10,7 +11,7 @@ from transformers import (
 )
 
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.support import FULL, LINEAR, SLIDING, layer_kinds
+from plphp_cli.support import FULL, LINEAR, SLIDING, layer_kinds, left_out
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,3 +44,13 @@ def test_linear_attention_is_left_alone():
 def test_a_decoder_that_cannot_be_pruned_is_refused_by_name(config, named):
     with pytest.raises(UnsupportedError, match=named):
         layer_kinds(config())
+
+
+def test_what_a_checkpoint_asks_for_and_is_left_out_has_a_name():
+    config = GenerationConfig(num_beams=5, num_return_sequences=2, prompt_lookup_num_tokens=3)
+    assert left_out(config) == [
+        "beam search (num_beams > 1)",
+        "num_return_sequences > 1",
+        "assisted decoding",
+    ]
+    assert left_out(GenerationConfig(do_sample=True, temperature=0.7)) == []

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from plphp_cli import __version__, parallel
-from plphp_cli.cli import calibrate, profile, run, sweep
+from plphp_cli.cli import calibrate, doctor, models, profile, run, sweep
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.options import MultiValueCommand
 from plphp_cli.cli.output import print_error
@@ -35,6 +35,8 @@ app.command("run", cls=MultiValueCommand)(run.run)
 app.command("profile", cls=MultiValueCommand)(profile.profile)
 app.command("sweep", cls=SweepCommand)(sweep.sweep)
 app.command("calibrate", cls=MultiValueCommand)(calibrate.calibrate)
+app.command("models")(models.models)
+app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -49,6 +49,10 @@ class Interrupts:
         if self.received is not None:
             raise KeyboardInterrupt
 
+    def forget(self) -> None:
+        """The signal is dealt with: the next one is a first one again."""
+        self.received, self._count = None, 0
+
     def hold(self) -> None:
         """From now on what was measured is being written: a signal waits for the end, unless repeated."""
         self._holding = True

@@ -136,6 +136,25 @@ TopPOption = Annotated[
         rich_help_panel=_GENERATION,
     ),
 ]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End at this text; repeatable.", rich_help_panel=_GENERATION),
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat", metavar="", help="Go on asking about the same images, from stdin.", rich_help_panel=_INPUT
+    ),
+]
+RecutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recut",
+        metavar="WHEN",
+        help="With --chat, cut the cache for each-turn (default), or for the first-turn only.",
+        rich_help_panel=_PRUNING,
+    ),
+]
 SeedOption = Annotated[int, typer.Option(metavar="N", help="Of sampling.", rich_help_panel=_GENERATION)]
 NoBaselineOption = Annotated[
     bool,
@@ -261,7 +280,11 @@ def choose_config(model: str, config_file: str | None, knobs: dict[str, Any]) ->
 
 
 def check_generation(
-    max_new_tokens: int, temperature: float | None, top_p: float | None, seed: int
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    stop: Sequence[str] | None = None,
 ) -> GenerationRecord:
     """The settings of generation, checked before anything is loaded. Raises `UsageError`."""
     if max_new_tokens < 1:
@@ -272,7 +295,11 @@ def check_generation(
         raise UsageError(f"top-p = {top_p:g}; expected a number above 0, at most 1")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed = {seed}; expected a whole number from 0 to 2^63 - 1")
-    return GenerationRecord(max_new_tokens, temperature, top_p, seed)
+    for text in stop or ():
+        if not text:
+            raise UsageError("--stop is empty", hint="give the text at which the answer is to end")
+        check_unicode("stop text", text)
+    return GenerationRecord(max_new_tokens, temperature, top_p, seed, stop=tuple(stop or ()))
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -293,13 +320,18 @@ def read_prompt(prompt: str | None) -> str:
 
 def check_text(where: str, text: str) -> str:
     """`text` if a model can be asked it. Raises `UsageError` when it is blank or was not UTF-8."""
+    check_unicode(where, text)
+    if not text.strip():
+        raise UsageError(f"the {where} is blank", hint="say what you want to know")
+    return text
+
+
+def check_unicode(where: str, text: str) -> None:
+    """Refuse a text that was not UTF-8 where it was typed. Raises `UsageError`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the {where} is not UTF-8 text", hint="check its encoding") from error
-    if not text.strip():
-        raise UsageError(f"the {where} is blank", hint="say what you want to know")
-    return text
 
 
 def _read_stdin() -> str:

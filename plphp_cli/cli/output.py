@@ -3,19 +3,22 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from plphp_cli.errors import PLPHPError
-from plphp_cli.files import write_beside
+from plphp_cli.files import write_beside, write_text
 from plphp_cli.reports.live import LiveView, restore
 from plphp_cli.reports.snapshot import LiveSnapshot
 from plphp_cli.reports.text import for_encoding, one_line, visible
+from plphp_cli.serialize import to_json
 
 
 def say(message: str, style: str = "") -> None:
@@ -102,6 +105,23 @@ def write_stdout(text: str) -> None:
     if sys.stdout is not None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+
+def stdout_width() -> int:
+    """Characters in a line of stdout: the terminal's, or 80 where it goes into a file or a pipe."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return 80
+    return max(shutil.get_terminal_size((80, 24)).columns, 60)
+
+
+def write_report(record: Any, report: str, json: str | None, force: bool) -> None:
+    """The report on stdout, or the record with `--json -`; with `--json FILE` the record also in a file."""
+    if json == "-":
+        write_stdout(to_json(record))
+        return
+    write_stdout(report)
+    if json is not None:
+        write_text(json, to_json(record) + "\n", force)
 
 
 @contextlib.contextmanager

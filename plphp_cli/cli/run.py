@@ -6,7 +6,9 @@ import sys
 import typer
 
 from plphp_cli import parallel
+from plphp_cli.chat.records import RECUTS
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.chat import converse
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.load_options import check_model, with_load_options
@@ -36,6 +38,7 @@ def run(
     prompt: opt.PromptOption = None,
     system: opt.SystemOption = None,
     raw_prompt: opt.RawPromptOption = False,
+    chat: opt.ChatOption = False,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
     options: LoadOptions = DEFAULTS,
@@ -47,9 +50,11 @@ def run(
     scope: opt.ScopeOption = None,
     head_reduce: opt.HeadReduceOption = None,
     skip_layers: opt.SkipLayersOption = None,
+    recut: opt.RecutOption = None,
     max_new_tokens: opt.MaxNewTokensOption = 128,
     temperature: opt.TemperatureOption = None,
     top_p: opt.TopPOption = None,
+    stop: opt.StopOption = None,
     seed: opt.SeedOption = 0,
     no_baseline: opt.NoBaselineOption = False,
     json: opt.JsonOption = None,
@@ -62,7 +67,7 @@ def run(
     On a terminal a live view shows both; otherwise stdout is the answer alone.
     """
     opt.check_json_target(json, force)
-    generation = opt.check_generation(max_new_tokens, temperature, top_p, seed)
+    generation = opt.check_generation(max_new_tokens, temperature, top_p, seed, stop)
     knobs = opt.overrides(
         r=r,
         delta_r=delta_r,
@@ -73,14 +78,9 @@ def run(
         skip_layers=skip_layers,
     )
     chosen, origin = opt.choose_config(model, config, knobs)
-    if not image:
-        raise UsageError("no image was given", hint="name one or more files with --image")
-    text = opt.read_prompt(prompt)
-    if system is not None:
-        opt.check_text("system message", system)
-        if raw_prompt:
-            raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
-    shown = tuple(load_image(path, max_pixels) for path in image)
+    recut = _check_chat(chat, recut, image, prompt, raw_prompt)
+    text = _read_texts(chat, prompt, system, raw_prompt)
+    shown = tuple(load_image(path, max_pixels) for path in image or ())
     check_model(model, options)
     request = RunRequest(
         images=shown,
@@ -95,8 +95,43 @@ def run(
         options=options,
         command=tuple(context.obj or sys.argv),
     )
+    if chat:
+        return converse(request, recut, max_pixels, json_target=json, force=force)
     json = json if parallel.rank() == 0 else None
     return execute(request, json_target=json, force=force, live=not no_live)
+
+
+def _check_chat(
+    chat: bool, recut: str | None, image: list[str] | None, prompt: str | None, raw_prompt: bool
+) -> str:
+    """Refuse what a conversation, or a single question, cannot have; returns when the cache is cut."""
+    if not chat:
+        if recut is not None:
+            raise UsageError("--recut is for conversations", hint="give --chat, too")
+        if not image:
+            raise UsageError("no image was given", hint="name one or more files with --image")
+        return RECUTS[0]
+    if parallel.world_size() > 1:
+        raise UsageError("--chat under torchrun is not supported", hint="use one process")
+    if recut not in (None, *RECUTS):
+        raise UsageError(f"recut {recut!r}; expected {' or '.join(RECUTS)}")
+    if raw_prompt:
+        raise UsageError("--chat and --raw-prompt exclude each other", hint="a raw prompt has no turns")
+    if prompt == "-":
+        raise UsageError(
+            "--chat reads its questions from stdin, one a line", hint="leave out --prompt -, or give the text"
+        )
+    return recut or RECUTS[0]
+
+
+def _read_texts(chat: bool, prompt: str | None, system: str | None, raw_prompt: bool) -> str:
+    """The prompt (empty for a conversation that begins at the terminal), both texts checked."""
+    text = "" if chat and prompt is None else opt.read_prompt(prompt)
+    if system is not None:
+        opt.check_text("system message", system)
+        if raw_prompt:
+            raise UsageError("--system and --raw-prompt exclude each other", hint="write it into the prompt")
+    return text
 
 
 def execute(request: "RunRequest", *, json_target: str | None, force: bool, live: bool) -> int:

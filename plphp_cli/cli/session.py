@@ -121,7 +121,7 @@ class RunSession:
             f"{loaded.name} ({dtype}, {loaded.device}, {loaded.attn}), {images} image{'s'[: images != 1]}, "
             f"{prompt.prompt_tokens} tokens, {prompt.vision_tokens} vision"
         )
-        for note in (*loaded.warnings, *prompt.notes):
+        for note in (*loaded.warnings, *left_out_notes(loaded), *prompt.notes):
             self._say(f"note: {note}")
         self._say(what)
         self._view = replace(
@@ -227,7 +227,7 @@ class RunSession:
         from plphp_cli.generate import Settings
 
         wanted = self._request.generation
-        return Settings(max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed)
+        return Settings(max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop)
 
     def _stream(self, policy: PLPHPConfig | None, settings: "Settings") -> Any:
         from plphp_cli.generate import stream
@@ -288,6 +288,14 @@ class RunSession:
         # Over the answer the new tokens' cache grows from nothing: half of it on average.
         new_token_bytes = full / prompt.prompt_tokens * pruned.decode_steps / 2
         return decode_bound(decoder_weight_bytes(self._loaded), held, full, new_token_bytes)
+
+
+def left_out_notes(loaded: "LoadedModel") -> list[str]:
+    """Beam search and the like that a model's own generation config asks for, and no command does."""
+    from plphp_cli.support import left_out
+
+    asked = left_out(loaded.model.generation_config)
+    return [f"{feature}, which the model's generation config asks for, is left out" for feature in asked]
 
 
 def _image_record(image: LoadedImage) -> ImageRecord:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plphp_cli import families
@@ -18,11 +19,12 @@ FALLBACK_TEMPLATE = (
     "{%- if message.role == 'system' -%}"
     "{%- for part in message.content -%}{{- part.text -}}{%- endfor -%}{{- '\n\n' -}}"
     "{%- else -%}"
-    "{{- 'USER: ' -}}"
+    "{{- 'ASSISTANT: ' if message.role == 'assistant' else 'USER: ' -}}"
     "{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{- IMAGE_TOKEN ~ '\n' -}}{%- else -%}{{- part.text -}}{%- endif -%}"
+    "{%- if part.type == 'image' -%}{{- IMAGE_TOKEN ~ '\n' -}}"
+    "{%- else -%}{{- part.text | trim if message.role == 'assistant' else part.text -}}{%- endif -%}"
     "{%- endfor -%}"
-    "{{- '\n' -}}"
+    "{{- eos_token if message.role == 'assistant' else '\n' -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{{- 'ASSISTANT:' -}}"
@@ -33,6 +35,29 @@ PLAIN_TEMPLATE = (
     "{%- if part.type == 'image' -%}{{- IMAGE_TOKEN -}}{%- else -%}{{- part.text -}}{%- endif -%}"
     "{%- endfor -%}{%- endfor -%}"
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One question of a conversation with the images that come with it, and its answer once there is one."""
+
+    images: tuple[LoadedImage, ...]
+    question: str
+    answer: str | None = None
+
+
+def dialogue(turns: Sequence[Turn], system: str | None) -> list[dict[str, Any]]:
+    """A conversation of several turns: each one's images where `messages` puts them, then its answer.
+
+    Raises:
+        ImageError: the placeholder occurs in a question, but not once per image of its turn.
+    """
+    said: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        said += messages(turn.images, turn.question, None if number else system)
+        if turn.answer is not None:
+            said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    return said
 
 
 def messages(
@@ -93,7 +118,7 @@ def image_placeholder(loaded: LoadedModel) -> str:
 def is_placed(text: str, conversation: list[dict[str, Any]], placeholder: str) -> bool:
     """Whether a rendered text has the user's images and pieces of text in the order that the user gave."""
     at = 0
-    for part in conversation[-1]["content"]:
+    for part in (part for said in conversation if said["role"] == "user" for part in said["content"]):
         wanted = placeholder if part["type"] == "image" else part["text"].strip()
         found = text.find(wanted, at)
         if found < 0:

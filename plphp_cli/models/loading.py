@@ -223,6 +223,12 @@ def _own_code_fails(source: Source, error: BaseException) -> ModelError:
     )
 
 
+def read_processor(source: Source) -> Any:
+    """The processor of a model, without the model. Raises `ModelError` when it cannot be loaded."""
+    with quiet():
+        return _processor(source)
+
+
 def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
     from transformers import AutoProcessor
 

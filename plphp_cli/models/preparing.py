@@ -1,14 +1,18 @@
 """From decoded images and text to a model's inputs."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from plphp_cli.errors import ImageError, ModelError, UsageError
+from plphp_cli import families
+from plphp_cli.errors import ImageError, ModelError, UnsupportedError, UsageError
 from plphp_cli.images import LoadedImage
 from plphp_cli.models.conversation import (
     PLACEHOLDER,
+    Turn,
     choose_template,
+    dialogue,
     image_placeholder,
     is_placed,
     messages,
@@ -52,8 +56,59 @@ def prepare(
         raise UsageError("a raw prompt has no system message", hint="write it into the prompt")
     own = image_placeholder(loaded)
     conversation = messages(images, prompt_text, system, own if raw and own in prompt_text else PLACEHOLDER)
-    template, notes = choose_template(loaded, raw)
     typed = [] if raw else _special_tokens(loaded, *prompt_text.split(PLACEHOLDER), system or "")
+    placed = PLACEHOLDER in prompt_text
+    return _prepared(loaded, conversation, images, system, typed, placed=placed, raw=raw)
+
+
+def prepare_turns(loaded: LoadedModel, turns: Sequence[Turn], system: str | None = None) -> Prompt:
+    """`prepare` for a conversation: the whole of it, up to its last question, which has no answer yet.
+
+    Special tokens in the answers are read as plain text, too.
+
+    Args:
+        loaded: the model.
+        turns: the questions in order, all but the last with their answers.
+        system: a system message, or None for the template's own.
+
+    Raises:
+        UnsupportedError: the model was made for no conversation.
+        UsageError, ImageError, ModelError: as `prepare`.
+    """
+    family = families.find(loaded.model.config.model_type)
+    if family is not None and family.plain and not getattr(loaded.processor, "chat_template", None):
+        raise UnsupportedError(
+            f"{loaded.name} was made for no conversation", hint="ask its questions one by one, without --chat"
+        )
+    for turn in turns:
+        _check_text("question", turn.question)
+    if system is not None:
+        _check_text("system message", system)
+    conversation = dialogue(turns, system)
+    asked = [piece for turn in turns for piece in turn.question.split(PLACEHOLDER)]
+    typed = _special_tokens(loaded, *asked, *(turn.answer or "" for turn in turns), system or "")
+    images = [image for turn in turns for image in turn.images]
+    placed = any(PLACEHOLDER in turn.question for turn in turns)
+    return _prepared(loaded, conversation, images, system, typed, placed=placed, raw=False)
+
+
+def _prepared(
+    loaded: LoadedModel,
+    conversation: list[dict[str, Any]],
+    images: Sequence[LoadedImage],
+    system: str | None,
+    typed: list[str],
+    *,
+    placed: bool,
+    raw: bool,
+) -> Prompt:
+    """The prompt of a conversation; `typed` special tokens are read as text, `placed` images checked."""
+    template, notes = choose_template(loaded, raw)
+    if typed and not _can_sanitize(loaded):
+        raise UsageError(
+            f"this version of transformers would obey {typed[0]} in the text instead of reading it",
+            hint="remove it, send it as it is with --raw-prompt, or install transformers 5.20 or newer",
+        )
     started = time.perf_counter()
     with quiet():
         text = _render(loaded, conversation, template)
@@ -68,7 +123,7 @@ def prepare(
             "this model's chat template has no place for a system message", hint="put it into the prompt"
         )
     vision_tokens, image_tokens = _vision_tokens(loaded, inputs, expanded, len(images))
-    if PLACEHOLDER in prompt_text and not is_placed(text, conversation, own):
+    if placed and not is_placed(text, conversation, image_placeholder(loaded)):
         notes.append(f"this model's chat template puts images elsewhere than where {PLACEHOLDER} stands")
     prompt_tokens = inputs["input_ids"].shape[1]
     notes += [f"{image.path}: {note}" for image in images for note in image.notes]
@@ -107,6 +162,11 @@ def _special_tokens(loaded: LoadedModel, *texts: str) -> list[str]:
     return sorted(token for token in special if token.strip() and any(token in text for text in texts))
 
 
+def _can_sanitize(loaded: LoadedModel) -> bool:
+    """Whether the processor can be told to read special tokens as text: transformers since 5.20."""
+    return "sanitize_control_tokens" in inspect.signature(loaded.processor.apply_chat_template).parameters
+
+
 def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None) -> str:
     try:
         return loaded.processor.apply_chat_template(
@@ -119,6 +179,7 @@ def _render(loaded: LoadedModel, conversation: list[dict[str, Any]], template: s
 def _process(
     loaded: LoadedModel, conversation: list[dict[str, Any]], template: str | None, sanitize: bool
 ) -> Any:
+    how: dict[str, Any] = {"sanitize_control_tokens": True} if sanitize else {}
     try:
         return loaded.processor.apply_chat_template(
             conversation,
@@ -127,7 +188,7 @@ def _process(
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            sanitize_control_tokens=sanitize,
+            **how,
             processor_kwargs={"return_text_replacement_offsets": True, **loaded.options.processor_args},
         )
     except Exception as error:

@@ -26,7 +26,7 @@ from plphp_cli.decoding import decode_batch
 from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
-from plphp_cli.vision import encode_images
+from plphp_cli.vision import image_features
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -287,11 +287,10 @@ def time_pruning(
 
 @torch.no_grad()
 def time_vision(loaded: "LoadedModel", prompt: Prompt, timer: Timer) -> float | None:
-    """Seconds of the vision encoder alone; None where the model encodes images inside its forward."""
+    """Seconds of the vision encoder alone; None where the model has none that can be called alone."""
     start = timer.now()
-    inputs = encode_images(loaded.model, prompt.inputs)
-    elapsed = timer.now() - start
-    return None if inputs.get("pixel_values") is not None or "pixel_values" not in prompt.inputs else elapsed
+    features = image_features(loaded.model, prompt.inputs)
+    return None if features is None else timer.now() - start
 
 
 def _without_text(loaded: "LoadedModel") -> Any:

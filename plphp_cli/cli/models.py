@@ -1,0 +1,60 @@
+"""`plphp models`: the families, the local hub cache, or what one model would take before it is downloaded."""
+
+from typing import Annotated
+
+import typer
+
+from plphp_cli.card import describe, parse_size
+from plphp_cli.cli import options as opt
+from plphp_cli.cli.output import stdout_width, write_report
+from plphp_cli.errors import UsageError
+from plphp_cli.inventory import take_inventory
+from plphp_cli.reports.card import card_report
+from plphp_cli.reports.inventory import inventory_report
+
+NameArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="builtin, a folder, or a hub id; left out, all that there are."),
+]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option("--image-size", metavar="WxH", help="Image to count vision tokens of; 1024x768."),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens whose cache must fit beside the weights; 8192, or what the model was made for.",
+    ),
+]
+
+
+def models(
+    name: NameArgument = None,
+    image_size: ImageSizeOption = None,
+    context: ContextOption = None,
+    dtype: opt.DtypeOption = "auto",
+    device: opt.DeviceOption = "auto",
+    json: opt.JsonOption = None,
+    force: opt.ForceOption = False,
+    debug: opt.DebugOption = False,
+) -> int:
+    """List the families and the models in the local hub cache, or tell what one model would take.
+
+    Of one model only the config and the processor are read (and fetched, from the hub), never the weights.
+    """
+    opt.check_json_target(json, force)
+    if name is None:
+        given = {"--image-size": image_size, "--context": context}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"{option} is about one model, and none was named", hint="e.g. plphp models builtin"
+                )
+        inventory = take_inventory()
+        write_report(inventory, inventory_report(inventory, stdout_width()), json, force)
+        return 0
+    size = parse_size("1024x768" if image_size is None else image_size)
+    card = describe(name, image_size=size, context=context, dtype=dtype, device=device)
+    write_report(card, card_report(card, stdout_width()), json, force)
+    return 0
