@@ -8,13 +8,14 @@ from plphp_cli.attention import prune
 from plphp_cli.cli.app import main
 from plphp_cli.generate import prefill
 from plphp_cli.models import decoder_weight_bytes
-from plphp_cli.models.dummy import dummy_prompt, load_dummy, synthetic_prefilled
+from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.records import from_json
 from plphp_cli.profiling.state import DummyPlan
 from plphp_cli.reports.profile_html import profile_html
 
 RATES = (0.7, 0.1)
+from plphp_cli.synthetic import synthetic_prefilled
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from plphp_cli.attention import prune
 from plphp_cli.decoding import DecodeBatch, step_compiler
 from plphp_cli.kernels import attend_and_write, splits_for
-from plphp_cli.models.dummy import dummy_prompt, load_dummy, synthetic_prefilled
+from plphp_cli.models.dummy import dummy_prompt, load_dummy
+from plphp_cli.synthetic import synthetic_prefilled
 
 
 @pytest.mark.parametrize(("dtype", "worst"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])

@@ -4,16 +4,12 @@ The vision encoder is left out (a stand-in of a few kilobytes): prompts bring sy
 decoder is run inside LLaVA's class, whose own part in a step is nil; multimodal positions are plain ones.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from plphp_cli.cache import PrunableLayer
 from plphp_cli.errors import DeviceMemoryError, ModelError, UsageError
-from plphp_cli.generate import Prefilled
 from plphp_cli.models.choices import (
     attention_to_load,
     check_attention,
@@ -27,11 +23,8 @@ from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.models.sources import BUILTIN, locate, read_config_json
 from plphp_cli.prompt import Prompt
-from plphp_cli.pruning import retained
-from plphp_cli.sequence import SequenceState, layer_state
 from plphp_cli.support import FULL, layer_kinds
 from plphp_cli.units import format_bytes
-from plphp_cli.vision import VisionTokens
 
 NOTE = "dummy weights: speed and memory only"
 _STD = 0.02
@@ -170,48 +163,3 @@ def dummy_prompt(
         image_tokens=tuple(shares),
         notes=(NOTE,),
     )
-
-
-def synthetic_prefilled(
-    loaded: LoadedModel, prompt: Prompt, rates: Sequence[float] | None, room: int, seed: int = 0
-) -> Prefilled:
-    """`prompt` as if it had been prefilled and cut at `rates` (None: uncut), its keys and values random.
-
-    Args:
-        loaded: a model whose layers are all of full attention.
-        prompt: from `dummy_prompt`.
-        rates: retention rate of each layer, repeated over the layers.
-        room: new tokens to make room for.
-        seed: of keys and values.
-    """
-    text = loaded.model.config.get_text_config(decoder=True)
-    heads, layers = text.num_key_value_heads, text.num_hidden_layers
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    ids = prompt.inputs["input_ids"]
-    vision = VisionTokens((ids[0] == loaded.model.config.image_token_id).nonzero().squeeze(-1), None)
-    generator = torch.Generator(loaded.device).manual_seed(seed)
-    cache, states = DynamicCache(), []
-    cache.layers = []
-    for index in range(layers):
-        kept = (
-            prompt.vision_tokens
-            if rates is None
-            else retained(rates[index % len(rates)], prompt.vision_tokens)
-        )
-        held = prompt.prompt_tokens - prompt.vision_tokens + kept
-        shape = (1, heads, held, width)
-        keys, values = (
-            torch.empty(shape, device=loaded.device, dtype=loaded.dtype).normal_(generator=generator)
-            for _ in range(2)
-        )
-        layer = PrunableLayer()
-        layer.update(keys, values)
-        layer.hold(None, room)
-        layer.seen, layer.fused = prompt.prompt_tokens, True
-        cache.layers.append(layer)
-        states.append(layer_state(index, layer, vision, None))
-    cache.layer_class_to_replicate = None
-    logits = torch.zeros(text.vocab_size, device=loaded.device)
-    positions = torch.tensor([[prompt.prompt_tokens - 1]], device=loaded.device)
-    state = SequenceState(tuple(states), prompt.prompt_tokens, vision, {})
-    return Prefilled(ids, cache, logits, positions, state)

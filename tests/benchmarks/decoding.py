@@ -24,13 +24,14 @@ from plphp_cli.attention import prune
 from plphp_cli.decoding import step_compiler
 from plphp_cli.environment import cpu_model, package_version
 from plphp_cli.models import decoder_weight_bytes, is_out_of_memory
-from plphp_cli.models.dummy import dummy_prompt, load_dummy, synthetic_prefilled
+from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.profiling.machine import measure_machine, memory_bytes
 from plphp_cli.profiling.peaks import measure_peaks
 from plphp_cli.profiling.schedule import alternated
 from plphp_cli.profiling.statistics import compare, median
 from plphp_cli.profiling.timing import PathArm, StockArm, Timer, time_decode, time_pruning, time_stock
 from plphp_cli.pruning import FixedRates
+from plphp_cli.synthetic import synthetic_prefilled
 from plphp_cli.units import format_bytes
 
 STOCK, UNPRUNED, PRUNED, CONTROL = "stock", "unpruned", "pruned", "control"
