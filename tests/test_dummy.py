@@ -13,9 +13,9 @@ from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.records import from_json
 from plphp_cli.profiling.state import DummyPlan
 from plphp_cli.reports.profile_html import profile_html
+from plphp_cli.synthetic import synthetic_prefilled
 
 RATES = (0.7, 0.1)
-from plphp_cli.synthetic import synthetic_prefilled
 
 
 @pytest.fixture(scope="module")
