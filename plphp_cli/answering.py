@@ -43,10 +43,11 @@ class AnswersRecord:
     """All answers, and what they took.
 
     Attributes:
-        prefill_s: all prefills, one after another; `decode_s` all decoding, of whole batches.
-        decode_tokens_per_s: of all sequences together; first tokens and compiling are left out.
+        prefill_s: all prefills, one after another, without image preprocessing; `decode_s` all decoding, of
+            whole batches, without compiling.
+        decode_tokens_per_s: of all sequences together; first tokens are left out.
         kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is,
-            since each sequence keeps a buffer of its own.
+            since each sequence keeps a buffer of its own, and one that ended is read no more.
         compiled: captures, batches, hit rate and seconds of compiling; None where that was not asked for.
     """
 
@@ -107,9 +108,10 @@ class Answering:
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Of all sequences together; None before anything was decoded."""
-        compiling = 0.0 if self._compiler is None else self._compiler.stats.compile_s
-        seconds = self.decode_s - compiling
-        return self.decoded / seconds if self.decoded and seconds > 0 else None
+        return self.decoded / self.decode_s if self.decoded and self.decode_s > 0 else None
+
+    def _compiling_s(self) -> float:
+        return 0.0 if self._compiler is None else self._compiler.stats.compile_s
 
     def _batch(self, questions: Sequence["Question"], pruner: Any) -> None:
         from plphp_cli.decoding import decode_batch
@@ -122,8 +124,10 @@ class Answering:
             runs.append(prefill(self._loaded, prompt, pruner, self._settings.max_new_tokens))
             prompts.append(prompt)
             self._check()
+        _synchronize(self._loaded.device)
         prefilled = time.perf_counter()
-        self.prefill_s += prefilled - started
+        self.prefill_s += prefilled - started - sum(prompt.preprocess_s for prompt in prompts)
+        compiling = self._compiling_s()
         texts: dict[int, list[Any]] = {place: [] for place in range(len(questions))}
         done: dict[int, Any] = {}
         try:
@@ -134,9 +138,11 @@ class Answering:
                     texts[row.index].append(row.event)
                 self._check()
         finally:
-            self.decode_s += time.perf_counter() - prefilled
+            _synchronize(self._loaded.device)
+            self.decode_s += time.perf_counter() - prefilled - (self._compiling_s() - compiling)
             self.decoded += sum(max(0, len(tokens) - 1) for tokens in texts.values())
-            for place, question in enumerate(questions):
+            # A batch that failed before its first token has no answers to record.
+            for place, question in enumerate(questions if any(texts.values()) else ()):
                 tokens, whole = texts[place], done.get(place)
                 record = AnswerRecord(
                     line=question.line,
@@ -154,3 +160,10 @@ class Answering:
                 )
                 self.answers.append(record)
                 self._answered(record)
+
+
+def _synchronize(device: Any) -> None:
+    if device.type != "cpu":
+        import torch
+
+        torch.accelerator.synchronize(device)

@@ -126,11 +126,15 @@ class StepCompiler:
 
     def _warm_up(self, cache: Cache, positions: Tensor) -> None:
         """Compile, and take back the token that this wrote."""
-        rows = len(cache.layers[0].rows)
-        self.run(torch.zeros(rows, 1, dtype=torch.long, device=positions.device), cache, positions + 1)
-        for layer in cache.layers:
-            for row in layer.rows:
-                row.crop(-1)
+        rows = [row for layer in cache.layers for row in layer.rows]
+        before = [row.held for row in rows]
+        ids = torch.zeros(positions.shape[-2], 1, dtype=torch.long, device=positions.device)
+        try:
+            self.run(ids, cache, positions + 1)
+        finally:
+            # Also where it failed half way: uncompiled steps go on from here.
+            for row, held in zip(rows, before, strict=True):
+                row.crop(held - row.held)
 
     def _count(self, hit: bool) -> None:
         self.stats.hits += hit
@@ -140,6 +144,8 @@ class StepCompiler:
     def compiled_layers(self, cache: Cache) -> Iterator[None]:
         """While open, the decoder's layers run compiled, each on its joined layer."""
         layers = list(self._model.get_decoder().layers)
+        if any("forward" in vars(module) for layer in layers for module in layer.modules()):
+            raise UnsupportedError("layers whose forward something else has replaced are not compiled")
         row = len(cache.layers[0].rows) == 1 and next(layers[0].parameters()).is_cuda
         changed: list[Any] = []
         with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_MOST_VARIANTS):

@@ -34,6 +34,7 @@ from plphp_cli.generate import (
     _forward,
     _Sampler,
     _Stopwatch,
+    advance,
     prefill,
 )
 from plphp_cli.joined import join
@@ -92,6 +93,8 @@ class DecodeBatch:
 
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token to each prompt, ids [B, 1]; returns logits [B, vocab], good until the next step."""
+        if self._cache is None:
+            return advance(self._loaded, self.prompts[0], ids)[-1:]
         self._steps += 1
         if self._compiled is not None:
             return self._compiled(ids)
@@ -103,6 +106,12 @@ class DecodeBatch:
             lengths.add_(1)
         return logits
 
+    def forget(self, rows: Sequence[int]) -> None:
+        """What these rows hold is read no more, where they must stay in a captured step's batch."""
+        lengths = getattr(self._cache, "lengths", None)
+        if lengths is not None:
+            lengths[:, list(rows)] = 0
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these prompts, by their places in the batch; the others have left it."""
         self.settle()
@@ -112,6 +121,8 @@ class DecodeBatch:
 
     def settle(self, unread: int = 0) -> None:
         """Let each prompt know the tokens it took, all but the last `unread` that nobody asked for."""
+        if self._cache is None:
+            return
         taken = self._steps - unread
         self._steps, self._room = 0, self._room - taken
         for prompt in self.prompts:
@@ -124,7 +135,8 @@ class DecodeBatch:
         elif unread:
             for prompt in self.prompts:
                 for row in prompt.cache.layers:
-                    row.crop(-unread)
+                    if isinstance(row, PrunableLayer):
+                        row.crop(-unread)
 
     def _join(self) -> None:
         self._steps = 0
@@ -132,7 +144,16 @@ class DecodeBatch:
             for layer in prompt.cache.layers:
                 if isinstance(layer, PrunableLayer):
                     layer.make_room(max(self._room, 1))
-        self._cache = join([prompt.cache for prompt in self.prompts])
+        try:
+            self._cache = join([prompt.cache for prompt in self.prompts])
+        except UnsupportedError as error:
+            if len(self.prompts) > 1:
+                raise
+            # One prompt needs no joining: it goes on alone, uncompiled.
+            self._cache = None
+            if self._compiler is not None:
+                self._compiler.stats.refused = error.message
+            return
         positions = [prompt.positions for prompt in self.prompts if prompt.positions is not None]
         self._positions = torch.cat(positions, dim=-2) if positions else None
         self._compiled = None
@@ -174,19 +195,26 @@ def decode_batch(
     for index in range(count):
         tokens = torch.cat([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
         reading, more = _Reading(tokens), index + 1 < count
-        batch = batch or (DecodeBatch(loaded, prompts, count - 1, compiler) if more else None)
+        if batch is None and more:
+            compiled_s = _compile_s(compiler)
+            batch = DecodeBatch(loaded, prompts, count - 1, compiler)
+            watch.skip(_compile_s(compiler) - compiled_s)
         if overlap and more and batch is not None:
             logits = batch.step(tokens)
         ids = reading.ids()
         elapsed_s = watch.elapsed_on_host()
         for row, token_id in zip(rows, ids, strict=True):
             if not row.ended:
-                yield from watch.pausing(iter(row.take(index, token_id, elapsed_s, last=not more)))
+                events = iter(row.take(index, token_id, elapsed_s, last=not more))
+                # A device that runs ahead does not wait for who reads: that time passes for it, too.
+                yield from events if overlap else watch.pausing(events)
         going = [place for place, row in enumerate(rows) if not row.ended]
         if not going or batch is None or not more:
             break
-        # A captured step is for so many rows: those that ended stay, unread, until half are gone.
-        if len(going) < len(rows) and not (batch.compiled and len(going) > len(rows) // 2):
+        if len(going) < len(rows) and overlap and batch.compiled and len(going) > len(rows) // 2:
+            # A captured step is for so many rows: those that ended stay, unread, until half are gone.
+            batch.forget([place for place, row in enumerate(rows) if row.ended])
+        elif len(going) < len(rows):
             rows, logits = [rows[place] for place in going], logits[going]
             tokens = tokens[going]
             batch.keep(going)
@@ -194,6 +222,10 @@ def decode_batch(
             logits = batch.step(tokens)
     if batch is not None:
         batch.settle(unread=int(overlap and more))
+
+
+def _compile_s(compiler: StepCompiler | None) -> float:
+    return 0.0 if compiler is None else compiler.stats.compile_s
 
 
 class _Sequence:

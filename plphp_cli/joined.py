@@ -232,9 +232,10 @@ def lay_out(joined: Cache) -> None:
 
 def fast_kernel(joined: Cache) -> bool:
     """Whether every layer can attend by the CUDA kernel: full attention, equal widths, a power of two."""
+    first = joined.layers[0].rows[0].keys.device
     for layer in joined.layers:
         for row in layer.rows:
-            if not isinstance(row, PrunableLayer) or row.keys.device.type != "cuda":
+            if not isinstance(row, PrunableLayer) or first.type != "cuda" or row.keys.device != first:
                 return False
             width = row.keys.shape[-1]
             if row.values.shape[-1] != width or width & (width - 1) or not 16 <= width <= 256:

@@ -126,11 +126,12 @@ def attend_and_write(
     output = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)
     # Keys and values of a few blocks are in flight at a time, and must fit in shared memory.
     wide = width * query.element_size() > 256
-    _attend_part[(rows * kv_heads, splits)](
-        query, key, value, key_at, value_at, capacity, length, part, weight,
-        query.stride(0), key.stride(0), value.stride(0), scaling,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), WIDTH=width,
-        SPLITS=splits, BLOCK=32 if wide else _BLOCK, num_warps=4, num_stages=2 if wide else 3,
-    )  # fmt: skip
-    _put_together[(rows * heads,)](part, weight, output, WIDTH=width, SPLITS=splits, num_warps=2)
+    with torch.cuda.device(query.device):
+        _attend_part[(rows * kv_heads, splits)](
+            query, key, value, key_at, value_at, capacity, length, part, weight,
+            query.stride(0), key.stride(0), value.stride(0), scaling,
+            KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), WIDTH=width,
+            SPLITS=splits, BLOCK=32 if wide else _BLOCK, num_warps=4, num_stages=2 if wide else 3,
+        )  # fmt: skip
+        _put_together[(rows * heads,)](part, weight, output, WIDTH=width, SPLITS=splits, num_warps=2)
     return output

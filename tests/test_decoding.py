@@ -161,3 +161,47 @@ def test_a_step_needs_no_mask_and_joins_without_copies():
         batch = DecodeBatch(family.loaded, runs, 8)
         batch.step(torch.tensor([[3], [4]]))
         assert places == [layer.buffers[0].data_ptr() for run in runs for layer in run.cache.layers]
+
+
+def test_a_compiler_that_fails_half_way_leaves_the_caches_as_they_were(monkeypatch):
+    family = load("llava")
+    compiler = step_compiler(family.loaded)
+    calls = []
+
+    def later(function, **options):
+        def run(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > 2:
+                raise RuntimeError("out of luck")
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", later)
+    together, alone = along(family, random_ids(), compiler)
+    assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
+    assert compiler.stats.refused == "RuntimeError: out of luck"
+
+
+def test_one_prompt_of_a_model_that_cannot_be_joined_goes_on_uncompiled():
+    family = load("lfm2_vl")
+    compiler = step_compiler(family.loaded)
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        runs = [prefill(family.loaded, as_prompt(family.prompts[0]), pruner, 8) for _ in range(2)]
+        rows = list(decode_batch(family.loaded, runs[:1], Settings(8, stop_at_eos=False), compiler))
+        *_, done = decode(family.loaded, runs[1], Settings(8, stop_at_eos=False))
+    assert rows[-1].event == done
+    assert "not supported" in compiler.stats.refused
+
+
+def test_a_layer_whose_forward_is_another_s_is_not_compiled():
+    family = load("llava")
+    layer = family.model.get_decoder().layers[0]
+    own = vars(layer)["forward"] = layer.forward
+    try:
+        compiler = step_compiler(family.loaded)
+        along(family, random_ids(), compiler)
+        assert "replaced" in compiler.stats.refused
+        assert vars(layer)["forward"] is own
+    finally:
+        del vars(layer)["forward"]

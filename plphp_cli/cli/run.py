@@ -86,6 +86,10 @@ def run(
     chosen, origin = opt.choose_config(model, config, knobs)
     check_batch(batch_size, data, chat)
     if data is not None:
+        if raw_prompt or recut is not None:
+            raise UsageError("--data takes neither --raw-prompt nor --recut", hint="leave them out")
+        if parallel.world_size() > 1:
+            raise UsageError("--data under torchrun is not supported", hint="use one process")
         questions = read_questions(image, prompt, data, system, max_pixels)
         check_model(model, options)
         request = RunRequest(

@@ -305,7 +305,8 @@ def _bound(
     )
     tpot = {arm: one.tpot_s.p50 if one.tpot_s else None for arm, one in arms.items()}
     pruned = arms.pruned
-    return bound(load, limits, Measured(tpot, ratios["decode"], pruned.prune_s if pruned else None))
+    prune_s = None if pruned is None or pruned.prune_s is None else pruned.prune_s * request.batch_size
+    return bound(load, limits, Measured(tpot, ratios["decode"], prune_s))
 
 
 def _full_bytes(state: PromptState) -> float:

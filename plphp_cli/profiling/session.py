@@ -62,7 +62,7 @@ class ProfileSession:
         self._request, self._check, self._clock = request, check, clock
         self._slots = slots(request.arms)
         self.states = [
-            PromptState(index, question, one_token=request.max_new_tokens == 1)
+            PromptState(index, question, request.max_new_tokens == 1, request.batch_size)
             for index, question in enumerate(request.questions)
         ]
         self._pace = Pace(self._plan(), progress)

@@ -84,12 +84,14 @@ class KVBytes:
 class PromptState:
     """One prompt under measurement. Times by slot: an arm, or the A/A control.
 
-    `one_token` says that a single new token is made, so that nothing is decoded.
+    `batch_size` prompts are decoded together. `one_token` says that a single new token is made, so that
+    nothing is decoded.
     """
 
     index: int
     question: Question
     one_token: bool = False
+    batch_size: int = 1
     prompt: "Prompt | None" = None
     answers: "Answers | None" = None
     layers: tuple[LayerProfile, ...] = ()
@@ -116,6 +118,8 @@ class PromptState:
         ]
         if figure == "ttft_s":
             return ttft
+        if self.batch_size > 1:
+            return []  # one prefill and a whole batch's decoding make no time of anything
         # One new token has no steps: its end is its first token.
         return ttft if self.one_token else [one + two for one, two in zip(ttft, decode, strict=False)]
 

@@ -187,7 +187,7 @@ def prefill_point(point, repeats, limit_s):
     return {
         "ttft_s": {name: median(values) for name, values in samples.items()},
         "ttft_samples_s": samples,
-        "prune_share_of_prefill": min(shares[1:]),
+        "prune_share_of_prefill": median(shares[1:]),
         "prune_shares": shares,
         "peak_decoder_bytes": peaks,
         "peak_ratio": peaks[PRUNED] / peaks[UNPRUNED],
