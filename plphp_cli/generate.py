@@ -9,6 +9,7 @@ remember the position offset of the last prompt they saw, so that prompts that t
 each other's positions.
 """
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from plphp_cli.answer_text import AnswerText, check_stop
 from plphp_cli.attention import Pruner, prune
 from plphp_cli.cache import cache_name, cache_of, fork_cache
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import UnsupportedError, UsageError
+from plphp_cli.errors import ImageError, UnsupportedError, UsageError
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy, as_policy
 from plphp_cli.sequence import LayerState, SequenceState, cut_anew
@@ -250,16 +251,33 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
     positions = None
     if "position_ids" in parameters:
         positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
-    inputs = encode_images(model, inputs)
-    pruner.room, pruner.image_tokens = room, prompt.image_tokens
-    try:
-        output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
-    finally:
-        pruner.room = pruner.image_tokens = None
+    with _arguments_named(loaded):
+        inputs = encode_images(model, inputs)
+        pruner.room, pruner.image_tokens = room, prompt.image_tokens
+        try:
+            output = _forward(model, ids, DynamicCache(), positions, is_first_iteration=True, **inputs)
+        finally:
+            pruner.room = pruner.image_tokens = None
     last = None if positions is None else positions[..., -1:]
     for layer in cache_of(output).layers:
         layer.fused = True
     return Prefilled(ids, cache_of(output), output.logits[0, -1].float(), last, pruner.sequences[0])
+
+
+@contextlib.contextmanager
+def _arguments_named(loaded: "LoadedModel") -> Iterator[None]:
+    """Where the user changed what the processor makes, a model that cannot take it is told of as that."""
+    given = getattr(getattr(loaded, "options", None), "processor_arg", ())
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not given or "memory" in str(error):
+            raise
+        what = str(error).strip().partition("\n")[0]
+        raise ImageError(
+            f"the model cannot take the images as they were prepared: {what}",
+            hint=f"check --processor-arg {' '.join(given)}",
+        ) from error
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from plphp_cli import models, prune
 from plphp_cli.cli.app import main
 from plphp_cli.cli.failures import explained
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UsageError
+from plphp_cli.errors import DeviceMemoryError, ImageError, ModelError, PLPHPError, UsageError
+from plphp_cli.generate import prefill
 from plphp_cli.models.choices import check_stored_dtype, choose_dtype
 from plphp_cli.models.loaded import decoder_weight_bytes, model_bytes
 from plphp_cli.models.options import LoadOptions
@@ -134,6 +135,15 @@ def test_a_processor_argument_that_does_not_exist_or_fit(toy: str, images) -> No
     with pytest.raises(PLPHPError) as caught:
         models.prepare(loaded, images[:1], "what?")
     assert caught.value.hint == "check --processor-arg size=huge"
+
+
+@pytest.mark.parametrize("given", ["do_resize=false", 'size={"height": 64, "width": 64}'])
+def test_images_that_the_model_cannot_take_are_blamed_on_the_argument(given: str, images) -> None:
+    loaded = models.load("builtin", device="cpu", processor_arg=(given,))
+    prompt = models.prepare(loaded, images[:1], "what?")
+    with pytest.raises(ImageError, match="as they were prepared") as caught, prune(loaded.model) as pruner:
+        prefill(loaded, prompt, pruner)
+    assert caught.value.hint == f"check --processor-arg {given}"
 
 
 # Devices

@@ -218,9 +218,13 @@ def _vision_tokens(
         counts = tuple(place["replacement"].count(token) for place in places)
         expected = sum(counts)
     if found != expected or bool(found) != bool(images):
+        given = loaded.options.processor_arg
         raise ImageError(
-            f"the prompt holds {found} vision tokens, which is not what its {images} images expand to",
-            hint="remove the model's own image token from the text",
+            f"the prompt holds {found} vision tokens, which is not what its {images} "
+            f"image{'s' if images != 1 else ''} expand{'s' if images == 1 else ''} to",
+            hint=f"check --processor-arg {' '.join(given)}"
+            if given
+            else "remove the model's own image token from the text",
         )
     return found, counts if counts is None or len(counts) == images else None
 
