@@ -565,7 +565,7 @@ def test_a_model_without_a_chat_template(broken, pictures):
     [
         ("{{- raise_exception('no') -}}", ModelError, "chat template"),
         ("{{- messages[0].nothing.at.all -}}", ModelError, "chat template"),
-        ("{{- 'no images here' -}}", ImageError, "refuses the prompt|its 1 images expand to"),
+        ("{{- 'no images here' -}}", ImageError, "refuses the prompt|its 1 image expands to"),
         ("{{- '<image><image>' -}}", ImageError, "refuses the prompt"),
     ],
 )
