@@ -189,7 +189,7 @@ def test_a_refused_type_says_why(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        (["no-org/no-model"], 1, "cannot be reached"),
+        (["no-org/no-model"], 1, "not in the local cache"),
         (["nothing"], 2, "unknown model 'nothing'"),
         (["builtin", "--image-size", "big"], 2, "WIDTHxHEIGHT"),
         (["builtin", "--context", "0"], 2, "context = 0"),

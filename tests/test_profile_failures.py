@@ -71,7 +71,7 @@ def test_what_is_interrupted_while_loading_knows_its_circumstances(toy, images, 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session_module, "load", interrupted)
+    monkeypatch.setattr(session_module, "load_model", interrupted)
     session = ProfileSession(request(toy, images))
     with pytest.raises(KeyboardInterrupt):
         session.load()

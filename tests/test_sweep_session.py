@@ -167,7 +167,8 @@ class KnownSpeed:
     def __init__(self):
         self.cuts = []
 
-    def __call__(self, loaded, prefilled, new_tokens, timer):
+    def __call__(self, loaded, prompts, new_tokens, timer):
+        (prefilled,) = prompts
         ratio = sum(s.held_bytes for s in prefilled.state.layers) / sum(
             s.full_bytes for s in prefilled.state.layers
         )
