@@ -228,7 +228,7 @@ def test_the_command_prints_the_page_and_its_exit_code_says_whether_it_runs(
 
 
 def test_the_supported_range_is_stated_once_for_all():
-    root = Path(doctor.__file__).parents[1]
+    root = Path(__file__).parents[1]
     stated = re.search(r'"transformers>=(\d+)\.(\d+),<(\d+)\.(\d+)"', (root / "pyproject.toml").read_text())
     oldest, beyond = tuple(map(int, stated.groups()[:2])), tuple(map(int, stated.groups()[2:]))
     assert oldest == doctor.OLDEST_TRANSFORMERS
