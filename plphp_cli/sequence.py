@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from plphp_cli.cache import PrunableLayer, layer_bytes
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.pruning import Cut, Policy
+from plphp_cli.pruning import Cut, Policy, marked
 from plphp_cli.vision import VisionTokens
 
 
@@ -81,7 +80,8 @@ def decide(
     if cut.kept.shape[1] == positions.numel():
         return cut, None
     text = vision.text(attention.shape[1]).to(attention.device)
-    return cut, torch.cat([text.expand(kv_heads, -1), cut.kept], dim=-1).sort(dim=-1).values
+    held = text.expand(kv_heads, -1).scatter(1, cut.kept, True)
+    return cut, marked(held, attention.shape[1] - positions.numel() + cut.kept.shape[1])
 
 
 def on_host(state: LayerState) -> LayerState:

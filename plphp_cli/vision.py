@@ -33,12 +33,12 @@ class VisionTokens:
     spans: tuple[Span, ...] | None
 
     def text(self, prompt_tokens: int) -> Tensor:
-        """LongTensor [N - n_v] of the other positions, ascending; made once, since every layer asks."""
+        """BoolTensor [N], True at the other positions; made once, since every layer asks."""
         known = vars(self).setdefault("_text", {})
         if prompt_tokens not in known:
             others = torch.ones(prompt_tokens, dtype=torch.bool, device=self.positions.device)
             others[self.positions] = False
-            known[prompt_tokens] = others.nonzero().squeeze(-1)
+            known[prompt_tokens] = others
         return known[prompt_tokens]
 
 
