@@ -267,8 +267,8 @@ def prune(
     pruner = Pruner(model, shared, keep_attention)
     modules = [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_claimed(modules, pruner))
         backend = decoder.config._attn_implementation
+        stack.enter_context(_claimed(modules, pruner, backend))
         ours = backends.registered(backend)
         stack.callback(pruner.release)
         stack.callback(decoder.set_attn_implementation, backend)
@@ -308,19 +308,20 @@ def _check_layers(policy: Policy | None, count: int) -> None:
         raise ConfigError(f"skip_layers holds {skipped[-1]}, but the model has layers 0 to {count - 1}")
 
 
-# Attention module -> the pruner at work on it; weak, so that a model can be freed.
-_PRUNERS: WeakKeyDictionary[nn.Module, Pruner] = WeakKeyDictionary()
+# Attention module -> the pruner at work on it and the back-end's own function, too slow to be looked up
+# at every token; weak, so that a model can be freed.
+_PRUNERS: WeakKeyDictionary[nn.Module, tuple[Pruner, Callable[..., Any]]] = WeakKeyDictionary()
 _CLAIM = threading.Lock()
 
 
 @contextlib.contextmanager
-def _claimed(modules: list[nn.Module], pruner: Pruner) -> Iterator[None]:
+def _claimed(modules: list[nn.Module], pruner: Pruner, backend: str) -> Iterator[None]:
     with _CLAIM:
         if any(module in _PRUNERS for module in modules):
             raise NestedPruneError(
                 "this model is being pruned already", hint="leave the other prune context first"
             )
-        _PRUNERS.update((module, pruner) for module in modules)
+        _PRUNERS.update((module, (pruner, backends.stock(backend, module))) for module in modules)
     try:
         yield
     finally:
@@ -349,8 +350,7 @@ def _attention(backend: str, module: nn.Module, *tensors: Any, **options: Any) -
     if HANDLE in options:
         query, key, value = tensors[:3]
         return attend_joined(query, key, value, options), None  # inside a compiled layer
-    stock = backends.stock(backend, module)
-    pruner = _PRUNERS.get(module)
+    pruner, stock = _PRUNERS.get(module) or (None, backends.stock(backend, module))
     if pruner is not None and backend == "sdpa" and options.get("softcap") is not None:
         # Older transformers would attend without the cap, and scores with it would be of another attention.
         raise UnsupportedError(

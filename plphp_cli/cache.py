@@ -96,11 +96,17 @@ class PrunableLayer(DynamicLayer):
             self.keys, self.values = key_states.detach(), value_states.detach()
             self.seen = self.held = count
             return key_states, value_states
-        self.make_room(count)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer.narrow(2, self.held, count).copy_(states.detach() if states.requires_grad else states)
+        held = self.held + count
+        if held > self._buffers[0].shape[2]:
+            self.make_room(count)
+        keys, values = self._buffers
+        if key_states.requires_grad:
+            key_states, value_states = key_states.detach(), value_states.detach()
+        keys.narrow(2, self.held, count).copy_(key_states)
+        values.narrow(2, self.held, count).copy_(value_states)
         self.seen += count
-        self._show(self.held + count)
+        self.held = held
+        self.keys, self.values = keys.narrow(2, 0, held), values.narrow(2, 0, held)
         return self.keys, self.values
 
     def hold(self, kept: Tensor | None, room: int | None) -> None:

@@ -78,7 +78,7 @@ class JoinedLayer(CacheLayerMixin):
         Returns:
             [B, 1, H, d].
         """
-        if self.table is not None and not any(options.get(name) is not None for name in _SCORE_OPTIONS):
+        if self.table is not None and not _scored_otherwise(options):
             scaling = options.get("scaling") or query.shape[-1] ** -0.5
             return self.table.attend(query[:, :, 0], key[:, :, 0], value[:, :, 0], scaling)[:, None]
         outputs = []
@@ -148,13 +148,17 @@ def attend_held(
     The query heads of a KV head go through SDPA as rows of one head, which reads its keys once for all of
     them: on a CPU twice as fast as SDPA's own grouped attention.
     """
-    fused = getattr(stock, "__name__", "") == "sdpa_attention_forward" and query.device.type == "cpu"
-    if not fused or any(options.get(name) is not None for name in _SCORE_OPTIONS):
+    if stock is not sdpa_attention_forward or not query.is_cpu or _scored_otherwise(options):
         return stock(module, query, keys, values, None, **options)[0]
     heads, width = query.shape[1], query.shape[3]
     rows = query.reshape(1, keys.shape[1], -1, width)
     output = scaled_dot_product_attention(rows, keys, values, scale=options.get("scaling"))
     return output.reshape(1, 1, heads, output.shape[-1])
+
+
+def _scored_otherwise(options: dict[str, Any]) -> bool:
+    """Whether a layer's attention has options that the fused ways do not know."""
+    return any(name in options and options[name] is not None for name in _SCORE_OPTIONS)
 
 
 @torch.library.custom_op("plphp::step", mutates_args=())
