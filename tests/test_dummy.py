@@ -1,5 +1,7 @@
 """Decoders at true size without weights: sizes, synthetic caches, and the report that says what it is not."""
 
+import csv
+
 import pytest
 import torch
 from test_profile_cli import command, image, toy  # noqa: F401  (fixtures)
@@ -86,13 +88,14 @@ def test_a_prefilled_dummy_is_cut_at_the_given_rates(dummy):
 
 def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, capsys):  # noqa: F811
     _, folder = dummy
-    target = tmp_path / "dummy.json"
+    target, rows, page = (tmp_path / f"dummy.{kind}" for kind in ("json", "csv", "html"))
     words = ["profile", "--dummy-weights", "--model", folder, "--vision-tokens", "40", "--images", "2"]
     words += ["--layer-rates", "0.5,0.1", "--batch-size", "2", "--compare-stock", "--repeats", "2"]
-    words += ["--max-new-tokens", "18", "--json", str(target)]
+    words += ["--max-new-tokens", "18", "--csv", str(rows), "--html", str(page), "--json", str(target)]
     assert main(words) == 0
-    printed = capsys.readouterr().out
-    assert "Dummy weights: speed and memory only" in " ".join(printed.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Dummy weights: speed and memory only" in printed
+    assert "such images, 1 prompt N/A" not in printed
     record = from_json(target.read_text(encoding="utf-8"))
     assert record.dummy.layer_rates == (0.5, 0.1)
     assert record.batch_size == 2
@@ -101,12 +104,23 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     assert record.arms.pruned.prefill_s > 0
     assert record.arms.pruned.decode_tokens_per_s > 0
     assert all(layer.gamma is None for layer in record.layers), "random weights have no scores to tell of"
+    assert page.read_text(encoding="utf-8") == profile_html(record)
     assert "Dummy weights" in profile_html(record)
+    # The knobs of pruning had no say: what is shown is what was given in their place.
+    assert record.config is None
+    assert record.environment["config"] is None
+    assert "<br>layer rates 0.5, 0.1 repeated over the layers</p>" in profile_html(record)
+    told = {row["figure"]: row["value"] for row in csv.DictReader(rows.open(encoding="utf-8"))}
+    assert (told["batch_size"], told["dummy.vision_tokens"], told["dummy.images"]) == ("2", "40", "2")
+    assert told["dummy.layer_rates"] == "[0.5, 0.1]"
+    assert not any(name.startswith("config") for name in told)
+    # Images are those of the synthetic prompt, which has 20 of its vision tokens in each.
+    assert all(capacity.images > 0 for capacity in record.bound.capacity.values())
 
     # The rates of a recorded profile serve the next one.
     again = tmp_path / "again.json"
     words[words.index("--layer-rates") : words.index("--batch-size")] = ["--rates-from", str(target)]
-    words[-1] = str(again)
+    words[words.index("--csv") :] = ["--json", str(again)]
     assert main(words) == 0
     assert from_json(again.read_text(encoding="utf-8")).dummy.layer_rates[:2] == (0.5, 0.1)
 

@@ -53,7 +53,7 @@ def compose(
     layers = mean_layers([state.layers for state in timed if state.layers])
     return ProfileRecord(
         model=model,
-        config=request.config,
+        config=request.used_config,
         plan=PlanRecord(request.repeats, request.warmup, request.max_new_tokens, slots(request.arms)),
         arms=arms,
         ratios=ratios,
@@ -297,7 +297,9 @@ def _bound(
         operations_per_kv_byte=2 * figures.query_heads / (heads * figures.item_bytes) if heads else 0.0,
         prompt_tokens=fmean(tokens),
         vision_tokens=fmean(s.prompt.vision_tokens for s in looked if s.prompt is not None),
-        images=fmean(len(s.question.images) for s in looked),
+        images=float(request.dummy.images)
+        if request.dummy is not None
+        else fmean(len(s.question.images) for s in looked),
         new_tokens=request.max_new_tokens,
         transient_bytes=transient,
         context_tokens=figures.context_tokens,

@@ -369,6 +369,7 @@ class ProfileRecord:
     """Everything that `plphp profile` has to say.
 
     Attributes:
+        config: the knobs of pruning; None with dummy weights, whose layer rates are given.
         arms: over all prompts; `control` the A/A control's samples (the unpruned arm once more).
         ratios: `decode`, `ttft`, `end_to_end`, `kv` of pruned and unpruned; `loop_*` of stock and unpruned;
             None where they could not be taken.
@@ -383,7 +384,7 @@ class ProfileRecord:
     """
 
     model: str
-    config: PLPHPConfig
+    config: PLPHPConfig | None
     plan: PlanRecord
     arms: ArmsRecord
     ratios: dict[str, RatioProfile | None]

@@ -21,6 +21,7 @@ from plphp_cli.memory import known
 from plphp_cli.models import LoadedModel, decoder_weight_bytes, is_out_of_memory, model_bytes, prepare
 from plphp_cli.models.dummy import dummy_prompt
 from plphp_cli.models.loaded import settled_options
+from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.compose import compose
@@ -102,7 +103,10 @@ class ProfileSession:
             item_bytes=loaded.dtype.itemsize,
             query_heads=int(getattr(text, "num_attention_heads", 1)),
             kv_heads=int(getattr(text, "num_key_value_heads", None) or 0),
-            context_tokens=getattr(text, "max_position_embeddings", None),
+            # A built-in shape with dummy weights takes prompts of any length: that is no model's context.
+            context_tokens=None
+            if request.dummy is not None and request.model in SHAPES
+            else getattr(text, "max_position_embeddings", None),
         )
         self._note_circumstances()
 
@@ -162,7 +166,7 @@ class ProfileSession:
         first = request.questions[0]
         self._environment |= environment(
             loaded=loaded,
-            config=request.config,
+            config=request.used_config,
             seed=0,
             command=request.command or None,
             images=[image for question in request.questions for image in question.images],

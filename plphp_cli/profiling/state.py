@@ -69,6 +69,11 @@ class ProfileRequest:
     compile: bool = False
     dummy: DummyPlan | None = None
 
+    @property
+    def used_config(self) -> PLPHPConfig | None:
+        """The knobs that decide what is cut; None where the rates are given."""
+        return self.config if self.dummy is None else None
+
 
 @dataclass(frozen=True)
 class KVBytes:

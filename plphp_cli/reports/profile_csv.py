@@ -1,6 +1,7 @@
 """A profile in long form: one measurement a row, for spreadsheets and data frames.
 
 A row with an empty `prompt` is about the whole profile: its environment, and the figures over all prompts.
+Of one prompt alone these are that prompt's once more, but for the single decoding steps (`step_s`).
 """
 
 import csv
@@ -15,7 +16,10 @@ from plphp_cli.serialize import to_dict
 COLUMNS = ("prompt", "arm", "figure", "unit", "repeat", "step", "layer", "head", "image", "value")
 # Told row by row from the prompts, or at the head of the file.
 _OVERALL = ("arms", "ratios", "bound", "quality", "totals", "spread", "worst")
-_HEAD = ("schema_version", "command", "model", "interrupted", "warnings", "faults")
+_HEAD = ("schema_version", "command", "model", "interrupted", "warnings", "faults", "batch_size")
+_CIRCUMSTANCES = ("plan", "config", "dummy", "compiled", "environment")
+# Spread over rows of their own: samples of the A/A control, layers, prompts.
+_ROWS = ("control", "layers", "prompts")
 _PROMPT = ("line", "prompt", "system", "images", "prompt_tokens", "vision_tokens")
 
 Row = dict[str, Any]
@@ -27,21 +31,23 @@ def profile_csv(record: ProfileRecord) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    for name in (*_HEAD, "plan", "config", "environment"):
+    for name in (*_HEAD, *_CIRCUMSTANCES):
         writer.writerows(_flat(name, values[name]))
-    writer.writerows(_figures({name: values[name] for name in _OVERALL}, values["control"]))
+    writer.writerows(row for row in _samples(values) if row["figure"] != "step_s")
+    writer.writerows(_figures({name: values[name] for name in _OVERALL}))
+    writer.writerows(row for layer in values["layers"] for row in _layer(layer))
     for prompt in values["prompts"]:
         own = {"prompt": prompt["index"] + 1}
         for name in _PROMPT:
             writer.writerows(own | row for row in _flat(name, prompt[name]))
         writer.writerows(own | row for row in _samples(prompt))
         figures = {name: prompt[name] for name in ("arms", "ratios", "quality")}
-        writer.writerows(own | row for row in _figures(figures, None))
+        writer.writerows(own | row for row in _figures(figures))
         writer.writerows(own | row for layer in prompt["layers"] for row in _layer(layer))
     return text.getvalue()
 
 
-def _figures(values: Row, control: Row | None) -> Iterator[Row]:
+def _figures(values: Row) -> Iterator[Row]:
     """Arms, ratios and the rest; a part that is named after an arm goes to the column `arm`."""
     for arm, profile in (values.pop("arms") or {}).items():
         if profile is not None:
@@ -64,11 +70,11 @@ def _figures(values: Row, control: Row | None) -> Iterator[Row]:
         yield from map(_by_arm, _flat(name, value))
 
 
-def _samples(prompt: Row) -> Iterator[Row]:
-    """Raw samples of every arm and of the A/A control."""
-    every = {arm: profile["samples"] for arm, profile in prompt["arms"].items() if profile is not None}
-    if prompt["control"] is not None:
-        every["control"] = prompt["control"]
+def _samples(owner: Row) -> Iterator[Row]:
+    """Raw samples of every arm and of the A/A control, of one prompt or summed over all."""
+    every = {arm: profile["samples"] for arm, profile in owner["arms"].items() if profile is not None}
+    if owner["control"] is not None:
+        every["control"] = owner["control"]
     for arm, samples in every.items():
         for name, values in samples.items():
             for repeat, value in enumerate(values, 1):

@@ -14,10 +14,10 @@ from plphp_cli.reports.profile_text import (
     plural,
     remarks,
     repaid,
+    setting_line,
     standing,
     verdict,
 )
-from plphp_cli.reports.terminal import config_line
 from plphp_cli.units import (
     NOT_AVAILABLE,
     format_bytes,
@@ -59,12 +59,11 @@ def _style() -> str:
 
 def _head(record: ProfileRecord) -> list[str]:
     first, *rest = headline(record)
-    setting = config_line(record.config)
-    calibrated = ", calibrated" if record.config.calibrated else ""
+    setting = setting_line(record)
     subject = record.prompts[0].prompt if len(record.prompts) == 1 else f"{len(record.prompts)} prompts"
     return [
         f"<h1>plphp profile: {text(record.model)}</h1>",
-        f'<p class="soft">{text(subject)}<br>{setting}{calibrated}</p>',
+        f'<p class="soft">{text(subject)}<br>{setting}</p>',
         *(f'<p class="fault"><b>Fault:</b> {text(fault)}</p>' for fault in record.faults),
         f'<p class="lead">{text(first)}</p>',
         *(f"<p>{text(sentence)}</p>" for sentence in rest),

@@ -10,12 +10,14 @@ from plphp_cli.profiling.records import (
     STOCK,
     UNPRUNED,
     BoundRecord,
+    DummyRecord,
     LayerProfile,
     ProfileRecord,
     PromptProfile,
     RatioProfile,
 )
 from plphp_cli.profiling.records import ratio as ratio_of
+from plphp_cli.reports.terminal import config_line
 from plphp_cli.results import MIN_DECODE_STEPS
 from plphp_cli.units import (
     NOT_AVAILABLE,
@@ -56,12 +58,27 @@ def headline(record: ProfileRecord) -> list[str]:
 
 def _dummy(record: ProfileRecord) -> str:
     assert record.dummy is not None
-    rates = ", ".join(f"{rate:g}" for rate in record.dummy.layer_rates[:6])
-    more = ", ..." if len(record.dummy.layer_rates) > 6 else ""
     return (
         f"Dummy weights: speed and memory only. {record.model} at its true size with random weights, a "
-        f"synthetic prompt, layer rates {rates}{more} repeated; quality is N/A."
+        f"synthetic prompt, {given_rates(record.dummy)}; quality is N/A."
     )
+
+
+def given_rates(dummy: DummyRecord) -> str:
+    """The layer rates that were given in place of the knobs of pruning."""
+    rates = ", ".join(f"{rate:g}" for rate in dummy.layer_rates[:6])
+    if len(dummy.layer_rates) == 1:
+        return f"layer rate {rates} in every layer"
+    return f"layer rates {rates}{', ...' if len(dummy.layer_rates) > 6 else ''} repeated over the layers"
+
+
+def setting_line(record: ProfileRecord) -> str:
+    """What decided how much was cut: the knobs of pruning, or the rates given in their place."""
+    if record.dummy is not None:
+        return given_rates(record.dummy)
+    if record.config is None:
+        return "the setting is not known"
+    return config_line(record.config) + (", calibrated" if record.config.calibrated else "")
 
 
 def way_of_decoding(record: ProfileRecord) -> list[str]:
