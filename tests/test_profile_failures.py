@@ -1,10 +1,13 @@
 """What a profile still tells when memory ends, the user interrupts, or figures are none."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from profiles import ALL, profiled, request
 
 from plphp_cli import quality as quality_module
+from plphp_cli.compiled import CompileStats
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.profiling import session as session_module
 from plphp_cli.profiling.records import PRUNED, UNPRUNED, from_json
@@ -130,6 +133,17 @@ def test_an_interrupted_profile_holds_what_was_measured(toy, images, quick):
     assert record.ratios["ttft"].median > 0
     assert record.quality.kl_mean is not None
     assert from_json(to_json(record)) == record
+
+
+def test_peaks_of_decoding_say_that_their_steps_were_not_compiled(toy, images, quick):
+    session = ProfileSession(request(toy, images, repeats=1))
+    session.load()
+    session.run()
+    told = "peaks of decoding are of uncompiled steps"
+    cases = [(None, 0), (CompileStats(refused="no compiler"), 0), (CompileStats(captures=1), 1)]
+    for stats, expected in cases:
+        session._compiler = None if stats is None else SimpleNamespace(stats=stats)
+        assert sum(told in warning for warning in session.record().warnings) == expected
 
 
 def test_a_first_token_that_differs_is_a_fault_of_the_tool(toy, images, quick):

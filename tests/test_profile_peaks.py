@@ -10,7 +10,8 @@ from profiles import CPU, TOKENS
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.models.options import LoadOptions
-from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
+from plphp_cli.profiling import peaks as peaks_module
+from plphp_cli.profiling.fresh import FreshJob, FreshPeaks, FreshPrompt, measure_fresh
 from plphp_cli.profiling.layers import head_overlap, image_shares
 from plphp_cli.profiling.machine import buffer_bytes, read_bandwidth
 from plphp_cli.profiling.peaks import LiveBytes, measure_peaks
@@ -46,6 +47,31 @@ def test_peaks_hold_the_weights_and_the_cache():
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
     cache = token * (prompt.prompt_tokens + TOKENS)
     assert abs(peaks[STOCK].decode_bytes - peaks[UNPRUNED].decode_bytes) < cache / 2
+
+
+def test_a_batch_peaks_by_as_many_caches_in_every_arm():
+    family = load("llava")
+    loaded = SimpleNamespace(model=family.model, processor=None, device=CPU)
+    prompt = as_prompt(family.prompts[0])
+    text = family.model.config.get_text_config()
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 4
+    cache = token * (prompt.prompt_tokens + TOKENS)
+    for arm in (UNPRUNED, STOCK):
+        one, three = (measure_peaks(loaded, prompt, arm, None, TOKENS, count) for count in (1, 3))
+        assert three.prefill_bytes == pytest.approx(one.prefill_bytes, rel=0.02)
+        # Beyond the caches a step has a little of its own, which grows with the batch as well.
+        assert 2 * cache * 0.95 < three.decode_bytes - one.decode_bytes < 2 * cache * 1.4
+        assert three.decode_unknown is None
+
+
+def test_a_peak_that_is_prefill_s_alone_passes_for_nothing(monkeypatch):
+    family = load("llava")
+    loaded = SimpleNamespace(model=family.model, processor=None, device=CPU)
+    monkeypatch.setattr(peaks_module, "stock_rows", lambda cache, count: None)
+    found = measure_peaks(loaded, as_prompt(family.prompts[0]), STOCK, None, TOKENS, 2)
+    assert (found.decode_bytes, found.decode_unknown) == (None, "its cache cannot be copied into a batch")
+    assert FreshPeaks(**dataclasses.asdict(found)).peak_bytes is None
+    assert FreshPeaks(5, 4).peak_bytes == 5, "of one new token prefill is all there is"
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -66,7 +66,12 @@ def compose(
         spread=spreads(prompts),
         worst=worst(prompts),
         environment=environment,
-        warnings=(*dict.fromkeys(warnings), *_remarks(reached), *_left_out(reached, timed)),
+        warnings=(
+            *dict.fromkeys(warnings),
+            *_remarks(reached),
+            *_left_out(reached, timed),
+            *_uncompiled_peaks(reached, compiled),
+        ),
         faults=_faults(reached),
         interrupted=interrupted,
         batch_size=request.batch_size,
@@ -327,6 +332,14 @@ def _remarks(states: Sequence[PromptState]) -> list[str]:
         if stock and unpruned and stock[0].token_ids != unpruned[0].token_ids:
             found.append(f"prompt {state.index + 1}: stock generates other tokens than the unpruned arm")
     return found
+
+
+def _uncompiled_peaks(reached: Sequence[PromptState], compiled: CompileRecord | None) -> list[str]:
+    """Fresh processes compile nothing: their peaks of decoding are not those of the steps that were timed."""
+    if compiled is None or compiled.refused is not None:
+        return []
+    taken = any(peaks.decode_bytes for state in reached for peaks in state.peaks.values())
+    return ["peaks of decoding are of uncompiled steps; what compiled ones take beside is not known"][:taken]
 
 
 def _left_out(reached: Sequence[PromptState], timed: Sequence[PromptState]) -> list[str]:

@@ -51,17 +51,23 @@ class FreshJob:
 
 @dataclass(frozen=True)
 class FreshPeaks:
-    """One prompt's peaks in bytes, and the process's memory at its end; `failed` says why there are none."""
+    """One prompt's peaks in bytes, and the process's memory at its end; `failed` says why there are none.
+
+    `decode_unknown` says why those of decoding are not known, where there was any.
+    """
 
     prefill_bytes: int | None = None
     prefill_decoder_bytes: int | None = None
     decode_bytes: int | None = None
     memory: MemoryRecord | None = None
     failed: str | None = None
+    decode_unknown: str | None = None
 
     @property
     def peak_bytes(self) -> int | None:
-        """Of prefill and decoding."""
+        """Of prefill and decoding; None where decoding's is not known: prefill's alone would pass for it."""
+        if self.decode_unknown is not None:
+            return None
         return max((p for p in (self.prefill_bytes, self.decode_bytes) if p is not None), default=None)
 
 
@@ -174,7 +180,7 @@ def _measure(loaded: Any, job: FreshJob, example: FreshPrompt) -> FreshPeaks:
     with MemorySampler(loaded.device) as sampler:
         policy = pruned if job.arm == PRUNED else None
         peaks = measure_peaks(loaded, prompt, job.arm, policy, job.new_tokens, job.batch_size)
-    return FreshPeaks(peaks.prefill_bytes, peaks.prefill_decoder_bytes, peaks.decode_bytes, sampler.record())
+    return FreshPeaks(**asdict(peaks), memory=sampler.record())
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from transformers.generation.streamers import BaseStreamer
 
 from plphp_cli.attention import prune
+from plphp_cli.cache import cache_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import decode_batch
 from plphp_cli.generate import Settings, decode, prefill
-from plphp_cli.profiling.timing import generate_exactly
+from plphp_cli.profiling.timing import Timer, generate_exactly, stock_rows, time_stock
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
 
@@ -29,11 +30,15 @@ PEAK_DECODE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes live at one moment: of prefill, of prefill while the decoder ran, of decoding."""
+    """Most bytes live at one moment: of prefill, of prefill while the decoder ran, of decoding.
+
+    `decode_unknown` says why those of decoding are not known, where there was any.
+    """
 
     prefill_bytes: int | None
     prefill_decoder_bytes: int | None
     decode_bytes: int | None
+    decode_unknown: str | None = None
 
 
 class LiveBytes(TorchDispatchMode):
@@ -119,8 +124,7 @@ def measure_peaks(
 ) -> Peaks:
     """Peaks of one prompt in one arm; `stock` is plain `generate`, others the path with `policy`.
 
-    Decoding is of `batch_size` copies of the prompt; stock's is not taken then, since it would prefill them
-    all at once.
+    Prefill is of one prompt, decoding of `batch_size` copies of it from its one prefill, steps uncompiled.
     """
     model = loaded.model
     meter = Meter(loaded.device, [*model.parameters(), *model.buffers(), *prompt.inputs.values()])
@@ -143,15 +147,17 @@ def measure_peaks(
         ]
         try:
             if arm == "stock":
-                whole = _stock(loaded, prompt, meter, hooks, new_tokens)
-                whole = whole if batch_size == 1 else (whole[0], None)
+                whole = _stock(loaded, prompt, meter, hooks, (new_tokens, batch_size))
             else:
                 whole = _path(loaded, prompt, policy, meter, hooks, (new_tokens, steps, batch_size))
         finally:
             for hook in hooks:
                 hook.remove()
     prefill_peak, decode_peak = whole
-    return Peaks(max(prefill_peak, *before, *decoder), max(decoder), decode_peak)
+    unknown = None
+    if decode_peak is None and new_tokens > 1:
+        unknown = "its cache cannot be copied into a batch"
+    return Peaks(max(prefill_peak, *before, *decoder), max(decoder), decode_peak, unknown)
 
 
 def _path(
@@ -180,13 +186,28 @@ def _path(
 
 
 def _stock(
-    loaded: "LoadedModel", prompt: Prompt, meter: Meter, hooks: list[Any], new_tokens: int
+    loaded: "LoadedModel", prompt: Prompt, meter: Meter, hooks: list[Any], counts: tuple[int, int]
 ) -> tuple[int, int | None]:
-    """One plain `generate` of all tokens, in its own cache: a copy kept for repeats would count, too."""
+    """One plain `generate` of all tokens, in its own cache: a copy kept for repeats would count, too.
+
+    A batch goes on from copies of one prefilled cache, which is let go of, as its times are taken: prefilled
+    together its prompts would peak by their prefill, which the tool's arms do one at a time.
+    """
+    new_tokens, batch_size = counts
     turn = _Turn(meter, hooks)
-    generate_exactly(loaded.model, dict(prompt.inputs), new_tokens, turn)
+    alone = batch_size == 1
+    output = generate_exactly(loaded.model, dict(prompt.inputs), new_tokens if alone else 1, turn)
     assert turn.prefill_bytes is not None
-    return turn.prefill_bytes, meter.peak if new_tokens > 1 else None
+    if alone or new_tokens == 1:
+        return turn.prefill_bytes, meter.peak if new_tokens > 1 else None
+    cache = stock_rows(cache_of(output), batch_size)
+    if cache is None:
+        return turn.prefill_bytes, None
+    del output
+    meter.reset()
+    inputs, timer = dict(prompt.inputs), Timer(loaded.device)
+    time_stock(loaded.model, inputs, cache, batch_size, new_tokens, timer)
+    return turn.prefill_bytes, meter.peak
 
 
 class _Turn(BaseStreamer):

@@ -74,9 +74,10 @@ class ArmProfile:
         end_to_end_s: ttft_s + decode_s.
         kv_bytes_held: the prompt's cache after the cut; `kv_bytes_allocated` its storages with the room for
             new tokens; `*_predicted` the same by arithmetic. Stock's figures are of its own cache.
-        peak_bytes: most bytes of live tensor storage at one moment, weights included, in a fresh process.
+        peak_bytes: most bytes of live tensor storage at one moment, weights included, in a fresh process;
+            None where that of prefill or of decoding is not known.
         peak_prefill_bytes: of prefill; `peak_prefill_decoder_bytes` while the decoder ran (without the
-            vision encoder); `peak_decode_bytes` of decoding.
+            vision encoder); `peak_decode_bytes` of decoding, of the whole batch and its steps uncompiled.
         memory: resident size and NVML figures of that process: shown, never asserted.
     """
 

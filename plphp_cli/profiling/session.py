@@ -397,6 +397,8 @@ class ProfileSession:
             state.peaks[arm] = peaks
         if failed := sorted({peaks.failed for peaks in found if peaks.failed}):
             self._warnings.append(f"peak memory of the {arm} arm is not known: {failed[0]}")
+        if unknown := sorted({peaks.decode_unknown for peaks in found if peaks.decode_unknown}):
+            self._warnings.append(f"peak memory of the {arm} arm's decoding is not known: {unknown[0]}")
         self._check()
 
 

@@ -151,19 +151,27 @@ class StockArm:
 
     def decode(self) -> DecodeSample:
         """See `Arm`. The last prompt token is run again, so that `generate` has one to start from."""
-        cache = copy.deepcopy(self._cache)
-        try:
-            cache.crop(-1)
-        except (RuntimeError, ValueError, NotImplementedError, TypeError):
-            # A cache that cannot give a token back: prefill again, which the steps timed do not include.
-            cache = None
-        if self._batch_size > 1 and cache is not None:
-            cache.batch_repeat_interleave(self._batch_size)
+        # Where there is none it prefills again, which the steps timed do not include.
+        cache = stock_rows(copy.deepcopy(self._cache), self._batch_size)
         return time_stock(self._model, self._inputs, cache, self._batch_size, self._new_tokens, self._timer)
 
     def drop(self) -> None:
         """See `Arm`."""
         self._cache = None
+
+
+def stock_rows(cache: Any, batch_size: int) -> Any:
+    """Stock's own cache as `time_stock` takes it: without its last token, `batch_size` times (in place).
+
+    None where the cache cannot give a token back.
+    """
+    try:
+        cache.crop(-1)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):
+        return None
+    if batch_size > 1:
+        cache.batch_repeat_interleave(batch_size)
+    return cache
 
 
 def time_stock(
