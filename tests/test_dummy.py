@@ -1,6 +1,7 @@
 """Decoders at true size without weights: sizes, synthetic caches, and the report that says what it is not."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -8,13 +9,22 @@ from test_profile_cli import command, image, toy  # noqa: F401  (fixtures)
 
 from plphp_cli.attention import prune
 from plphp_cli.cli.app import main
+from plphp_cli.cli.dummy_options import recorded_rates
 from plphp_cli.generate import prefill
 from plphp_cli.models import decoder_weight_bytes
 from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.models.shapes import SHAPES
-from plphp_cli.profiling.records import from_json
+from plphp_cli.profiling.records import (
+    ArmsRecord,
+    LayerProfile,
+    PlanRecord,
+    ProfileRecord,
+    QualityRecord,
+    from_json,
+)
 from plphp_cli.profiling.state import DummyPlan
 from plphp_cli.reports.profile_html import profile_html
+from plphp_cli.serialize import to_json
 from plphp_cli.synthetic import synthetic_prefilled
 
 RATES = (0.7, 0.1)
@@ -122,12 +132,59 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     words[words.index("--layer-rates") : words.index("--batch-size")] = ["--rates-from", str(target)]
     words[words.index("--csv") :] = ["--json", str(again)]
     assert main(words) == 0
-    assert from_json(again.read_text(encoding="utf-8")).dummy.layer_rates[:2] == (0.5, 0.1)
+    taken = from_json(again.read_text(encoding="utf-8")).dummy
+    assert taken.layer_rates[:2] == (0.5, 0.1)
+    assert taken.rates_from == str(target)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "No such file"),
+        (b"\xff\xfe", "is not text"),
+        (b"not json", "is no profile"),
+        (b"{}", "is no profile"),
+        (b'{"command": "run", "layers": []}', "is no profile"),
+    ],
+)
+def test_rates_from_another_file_names_it_and_what_was_expected(tmp_path, capsys, content, named):
+    path = tmp_path / "rates.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["profile", "--dummy-weights", "--model", "llava-1.5-7b", "--rates-from", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert named in error
+    assert "--rates-from takes a file that plphp profile --json wrote" in error
+    assert "Traceback" not in error
+
+
+def test_recorded_rates_are_of_as_many_layers_as_the_model_has(dummy, tmp_path, capsys):
+    layer = LayerProfile(0, None, None, 0.5, None, None, None, None, None, None)
+    record = ProfileRecord(
+        "m", None, PlanRecord(1, 1, 1), ArmsRecord(), {}, None, QualityRecord(), (layer,) * 24, ()
+    )
+    paths = [tmp_path / "whole.json", tmp_path / "broken-off.json"]
+    for path, found in zip(paths, (record, dataclasses.replace(record, layers=())), strict=True):
+        path.write_text(to_json(found), encoding="utf-8")
+    _, folder = dummy
+    for path, model, named in (
+        (paths[0], "llava-1.5-7b", "rates of 24 layers; llava-1.5-7b has 32"),
+        (paths[0], folder, f"rates of 24 layers; {folder} has"),
+        (paths[1], folder, "has no layers"),
+    ):
+        assert main(["profile", "--dummy-weights", "--model", model, "--rates-from", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert named in error
+        assert "--layer-rates" in error
+    assert recorded_rates(paths[0]) == (0.5,) * 24
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["--model", "llava-1.5-7b"], "--dummy-weights"),
         (["--layer-rates", "0.5"], "--dummy-weights"),
         (["--dummy-weights", "--layer-rates", "0.5,x"], "'x'"),
         (["--dummy-weights", "--layer-rates", "1.5"], "'1.5'"),

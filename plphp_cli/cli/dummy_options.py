@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from plphp_cli.cli.load_options import find_model
-from plphp_cli.errors import PLPHPError, UsageError
+from plphp_cli.errors import ModelError, PLPHPError, UsageError
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.records import from_json
 from plphp_cli.profiling.state import DummyPlan, Question
+from plphp_cli.reports.text import one_line
+from plphp_cli.serialize import RecordError
 
 _DUMMY, _MEASURING = "Dummy weights", "Measuring"
 
@@ -99,7 +101,7 @@ def dummy_plan(
     tokens, count = vision_tokens or _VISION_TOKENS, images or 1
     if tokens < count:
         raise UsageError(f"{tokens} vision tokens in {count} images", hint="expected at least one an image")
-    return DummyPlan(tokens, count, rates, text_tokens or _TEXT_TOKENS)
+    return DummyPlan(tokens, count, rates, text_tokens or _TEXT_TOKENS, rates_from=rates_from)
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
@@ -120,14 +122,21 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def recorded_rates(path: Path) -> tuple[float, ...]:
     """The layer rates that a profile recorded; layers without one were kept whole. Raises `UsageError`."""
+    expected = "--rates-from takes a file that plphp profile --json wrote"
+    shown = one_line(str(path))
     try:
         record = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", hint="name a profile's JSON") from error
+        raise UsageError(f"cannot read {shown}: {error.strerror}", hint=expected) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not text", hint="name a profile's JSON") from error
+        raise UsageError(f"{shown} is not text", hint=expected) from error
+    except RecordError as error:
+        raise UsageError(f"{shown} is no profile: {error.message}", hint=expected) from error
     if not record.layers:
-        raise UsageError(f"{path} holds no layers", hint="name the JSON of a profile that was not broken off")
+        raise UsageError(
+            f"the profile {shown} has no layers, so no rates: it was broken off before any were measured",
+            hint="name a whole one, or give --layer-rates",
+        )
     return tuple(1.0 if layer.rate is None else layer.rate for layer in record.layers)
 
 
@@ -141,17 +150,28 @@ def dummy_questions(plan: DummyPlan, image: object, prompt: object, data: object
     return (Question((), f"{plan.vision_tokens} synthetic vision tokens in {plan.images} images"),)
 
 
-def check_dummy_model(name: str, options: LoadOptions) -> None:
+def check_no_shape(name: str) -> None:
+    """Refuse a built-in shape where a model's weights are needed. Raises `ModelError`."""
+    if name in SHAPES and not Path(name).is_dir():
+        raise ModelError(
+            f"{name} is a built-in shape, which has no weights of its own",
+            hint="add --dummy-weights for speed and memory at its size, or name a folder or a hub id",
+        )
+
+
+def check_dummy_model(name: str, options: LoadOptions, plan: DummyPlan) -> None:
     """Fail early for what is no shape and no model, of which no weights are fetched.
 
     Raises:
-        UsageError: an option says how weights, code or a processor are loaded, and there are none.
+        UsageError: an option says how weights, code or a processor are loaded, and there are none; or
+            recorded rates are of another number of layers.
         PLPHPError: what `models.load` raises for such names.
     """
     ours = LoadOptions(dtype=options.dtype, device=options.device, attn=options.attn, offline=options.offline)
     if stray := [word for word in options.words() if word.startswith("--") and word not in ours.words()]:
         raise UsageError(f"--dummy-weights does not go with {stray[0]}", hint="leave out one of them")
     if name in SHAPES:
+        plan.check_layers(SHAPES[name]["num_hidden_layers"], name)
         return
     try:
         find_model(name)

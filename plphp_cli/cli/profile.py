@@ -31,6 +31,7 @@ from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.profiling.state import ProfileRequest
+from plphp_cli.reports.profile_text import given_rates
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
@@ -128,6 +129,7 @@ def profile(
         raise UsageError(f"batch-size = {batch_size}; expected 1 or more")
     plan = dummy.dummy_plan(dummy_weights, vision_tokens, images, text_tokens, layer_rates, rates_from)
     if plan is None:
+        dummy.check_no_shape(model)
         chosen, origin = opt.choose_config(model, config, knobs)
         say(f"config: {origin}: {config_line(chosen)}")
         questions = read_questions(image, prompt, data, system, max_pixels)
@@ -139,9 +141,9 @@ def profile(
                 hint="give the layers' rates with --layer-rates or --rates-from",
             )
         questions = dummy.dummy_questions(plan, image, prompt, data)
-        dummy.check_dummy_model(model, options)
+        dummy.check_dummy_model(model, options, plan)
         chosen = PLPHPConfig()
-        say(f"{dummy.NOTE}; layer rates {', '.join(f'{rate:g}' for rate in plan.layer_rates[:8])}")
+        say(f"{dummy.NOTE}; {given_rates(plan.layer_rates, plan.rates_from)}")
     request = ProfileRequest(
         questions=questions,
         config=chosen,

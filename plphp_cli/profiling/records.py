@@ -356,13 +356,17 @@ class CompileRecord:
 
 @dataclass(frozen=True)
 class DummyRecord:
-    """Dummy weights: speed and memory only. The prompt was synthetic, the layer rates given."""
+    """Dummy weights: speed and memory only. The prompt was synthetic, the layer rates given.
+
+    `rates_from` is the file of the profile that the rates were taken from; None where they were typed.
+    """
 
     vision_tokens: int
     images: int
     text_tokens: int
     layer_rates: tuple[float, ...]
     seed: int
+    rates_from: str | None = None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ class ProfileSession:
         if request.compile:
             self._compiler = step_compiler(loaded)
         if request.dummy is not None:
-            self._policy = request.dummy.policy(len(layer_kinds(loaded.model.config)))
+            layers = len(layer_kinds(loaded.model.config))
+            request.dummy.check_layers(layers, request.model)
+            self._policy = request.dummy.policy(layers)
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.errors import UsageError
 from plphp_cli.images import LoadedImage
 from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.records import LayerProfile
@@ -32,6 +33,7 @@ class DummyPlan:
     """Dummy weights and a synthetic prompt, in place of a model's own.
 
     `layer_rates` are retention rates, repeated over the layers: random weights give no meaningful scores.
+    `rates_from` is the profile that they were taken from, whose layers they are then one by one.
     """
 
     vision_tokens: int
@@ -39,6 +41,15 @@ class DummyPlan:
     layer_rates: tuple[float, ...]
     text_tokens: int = 64
     seed: int = 0
+    rates_from: str | None = None
+
+    def check_layers(self, layers: int, model: str) -> None:
+        """Refuse recorded rates of another number of layers. Raises `UsageError`."""
+        if self.rates_from is not None and len(self.layer_rates) != layers:
+            raise UsageError(
+                f"{self.rates_from} has rates of {len(self.layer_rates)} layers; {model} has {layers}",
+                hint="name a profile of a model with as many layers, or give --layer-rates",
+            )
 
     def policy(self, layers: int) -> "FixedRates":
         """The rates as a policy for so many layers."""

@@ -63,7 +63,7 @@ def _head(record: ProfileRecord) -> list[str]:
     subject = record.prompts[0].prompt if len(record.prompts) == 1 else f"{len(record.prompts)} prompts"
     return [
         f"<h1>plphp profile: {text(record.model)}</h1>",
-        f'<p class="soft">{text(subject)}<br>{setting}</p>',
+        f'<p class="soft">{text(subject)}<br>{text(setting)}</p>',
         *(f'<p class="fault"><b>Fault:</b> {text(fault)}</p>' for fault in record.faults),
         f'<p class="lead">{text(first)}</p>',
         *(f"<p>{text(sentence)}</p>" for sentence in rest),

@@ -1,6 +1,6 @@
 """What a profile says in plain sentences: the same on the terminal and in the HTML page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from plphp_cli.profiling.records import (
     FASTER,
@@ -18,6 +18,7 @@ from plphp_cli.profiling.records import (
 )
 from plphp_cli.profiling.records import ratio as ratio_of
 from plphp_cli.reports.terminal import config_line
+from plphp_cli.reports.text import one_line
 from plphp_cli.results import MIN_DECODE_STEPS
 from plphp_cli.units import (
     NOT_AVAILABLE,
@@ -60,22 +61,28 @@ def _dummy(record: ProfileRecord) -> str:
     assert record.dummy is not None
     return (
         f"Dummy weights: speed and memory only. {record.model} at its true size with random weights, a "
-        f"synthetic prompt, {given_rates(record.dummy)}; quality is N/A."
+        f"synthetic prompt, {_rates_of(record.dummy)}; quality is N/A."
     )
 
 
-def given_rates(dummy: DummyRecord) -> str:
-    """The layer rates that were given in place of the knobs of pruning."""
-    rates = ", ".join(f"{rate:g}" for rate in dummy.layer_rates[:6])
-    if len(dummy.layer_rates) == 1:
+def given_rates(layer_rates: Sequence[float], rates_from: str | None) -> str:
+    """The layer rates that were given in place of the knobs of pruning, or the profile they are from."""
+    if rates_from is not None:
+        return f"layer rates (mean {sum(layer_rates) / len(layer_rates):.2f}) of {one_line(rates_from)}"
+    rates = ", ".join(f"{rate:g}" for rate in layer_rates[:6])
+    if len(layer_rates) == 1:
         return f"layer rate {rates} in every layer"
-    return f"layer rates {rates}{', ...' if len(dummy.layer_rates) > 6 else ''} repeated over the layers"
+    return f"layer rates {rates}{', ...' if len(layer_rates) > 6 else ''} repeated over the layers"
+
+
+def _rates_of(dummy: DummyRecord) -> str:
+    return given_rates(dummy.layer_rates, dummy.rates_from)
 
 
 def setting_line(record: ProfileRecord) -> str:
     """What decided how much was cut: the knobs of pruning, or the rates given in their place."""
     if record.dummy is not None:
-        return given_rates(record.dummy)
+        return _rates_of(record.dummy)
     if record.config is None:
         return "the setting is not known"
     return config_line(record.config) + (", calibrated" if record.config.calibrated else "")
