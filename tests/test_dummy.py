@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -106,6 +107,10 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     printed = " ".join(capsys.readouterr().out.split())
     assert "Dummy weights: speed and memory only" in printed
     assert "such images, 1 prompt N/A" not in printed
+    # What is N/A has its reason, and what scores would tell is left out whole.
+    assert "TTFT and end to end are N/A" in printed
+    assert "what is kept, by the given rates" in printed
+    assert not any(f" {word} " in printed for word in ("gamma 0 to", "group"))
     record = from_json(target.read_text(encoding="utf-8"))
     assert record.dummy.layer_rates == (0.5, 0.1)
     assert record.batch_size == 2
@@ -124,6 +129,9 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     assert (told["batch_size"], told["dummy.vision_tokens"], told["dummy.images"]) == ("2", "40", "2")
     assert told["dummy.layer_rates"] == "[0.5, 0.1]"
     assert not any(name.startswith("config") for name in told)
+    assert not {"gamma", "group", "overlap"} & set(
+        re.findall(r'<th scope="col">([^<]*)</th>', profile_html(record))
+    )
     # Images are those of the synthetic prompt, which has 20 of its vision tokens in each.
     assert all(capacity.images > 0 for capacity in record.bound.capacity.values())
 

@@ -14,6 +14,7 @@ from plphp_cli.profiling.records import PRUNED, UNPRUNED, from_json
 from plphp_cli.profiling.session import ProfileSession
 from plphp_cli.profiling.state import Question
 from plphp_cli.profiling.statistics import MIN_PAIRS
+from plphp_cli.reports.profile_terminal import profile_report
 from plphp_cli.serialize import to_json
 
 
@@ -132,6 +133,26 @@ def test_an_interrupted_profile_holds_what_was_measured(toy, images, quick):
     assert record.interrupted
     assert record.ratios["ttft"].median > 0
     assert record.quality.kl_mean is not None
+    assert from_json(to_json(record)) == record
+
+
+def test_an_interrupted_profile_says_how_many_tokens_were_asked_for(toy, images, quick):
+    session = ProfileSession(request(toy, images))
+    session.load()
+
+    def check():
+        if session.started:
+            raise KeyboardInterrupt
+
+    session._check = check
+    with pytest.raises(KeyboardInterrupt):
+        session.run()
+    record = session.record(interrupted=True)
+    assert record.arms.pruned.new_tokens is None
+    lines = [line.plain for line in profile_report(record, 80, False)]
+    row = next(line for line in lines if line.startswith("end to end, "))
+    assert row.split()[3] == str(record.plan.max_new_tokens)
+    assert "N/A" in row
     assert from_json(to_json(record)) == record
 
 

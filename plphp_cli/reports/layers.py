@@ -46,7 +46,12 @@ def condense(layers: Sequence[LayerRecord], max_rows: int | None = None) -> list
 
 
 def layer_lines(
-    layers: Sequence[LayerRecord], vision_tokens: int | None, width: int, height: int | None = None
+    layers: Sequence[LayerRecord],
+    vision_tokens: int | None,
+    width: int,
+    height: int | None = None,
+    *,
+    scored: bool = True,
 ) -> list[Text]:
     """The table as lines of at most `width` cells: a heading, the rows, the sums.
 
@@ -55,12 +60,13 @@ def layer_lines(
         vision_tokens: n_v, of which each row says how many are kept.
         width: cells; columns that do not fit are left out whole.
         height: lines at most; too many layers are condensed. None: no limit.
+        scored: whether gamma decided; of given rates neither it nor groups are shown.
     """
     if not layers or (height is not None and height < 3):
         return []
     rows = condense(layers, None if height is None else height - 2)
     scale = _scale([row.gamma for row in rows])
-    columns = _columns(rows, vision_tokens, scale, width)
+    columns = _columns(rows, vision_tokens, scale, width, scored)
     heading = Text(style="bold underline")
     for column in columns:
         heading.append_text(column.aligned(Text(column.title)))
@@ -99,7 +105,9 @@ class _Column:
         return fit(padded, self.width + 1)
 
 
-def _columns(rows: Sequence[LayerRow], vision_tokens: int | None, scale: float, width: int) -> list[_Column]:
+def _columns(
+    rows: Sequence[LayerRow], vision_tokens: int | None, scale: float, width: int, scored: bool
+) -> list[_Column]:
     def right(title: str, show: Callable[[LayerRow], str]) -> _Column:
         widest = max(len(title), *(len(show(row)) for row in rows))
         return _Column(title, widest, lambda row: Text(show(row)))
@@ -115,15 +123,17 @@ def _columns(rows: Sequence[LayerRow], vision_tokens: int | None, scale: float, 
         "KV/layer": right("KV/layer", lambda row: format_bytes(row.layer_bytes)),
         "KV/head": right("KV/head", lambda row: format_bytes(row.head_bytes)),
     }
+    if not scored:
+        del by_name["gamma"], by_name["group"]
     # What goes first when the terminal is narrow: what other columns imply.
     for name in ("KV/head", "rate", "group", "KV/layer"):
-        if sum(column.width + 1 for column in by_name.values()) > width:
+        if name in by_name and sum(column.width + 1 for column in by_name.values()) > width:
             del by_name[name]
     order = ("layer", "gamma", "group", "rate", "kept", "KV/head", "KV/layer")
     columns = [by_name[name] for name in order if name in by_name]
     room = min(width - sum(column.width + 1 for column in columns) - 1, _MAX_BAR)
     title = f"0 to {scale:g}"
-    if room >= max(_MIN_BAR, len(title)):
+    if scored and room >= max(_MIN_BAR, len(title)):
         cell = _Column(
             title,
             room,

@@ -83,14 +83,17 @@ def _cards(record: ProfileRecord) -> list[str]:
     cards = [
         ("KV cache held, pruned / unpruned", format_ratio(kv.median if kv else None), "below 1 is good"),
         ("decode, unpruned / pruned", format_ratio(decode.median if decode else None), said("decode")),
-        ("TTFT, unpruned / pruned", format_ratio(ttft.median if ttft else None), said("ttft")),
         ("ideal decode ratio", format_ratio(bound.ideal_decode_ratio if bound else None), "the bound"),
+    ]
+    # Neither is known of dummy weights and their synthetic prompt.
+    real = [
+        ("TTFT, unpruned / pruned", format_ratio(ttft.median if ttft else None), said("ttft")),
         ("KL, nats a token", format_number(quality.kl_mean, 4), "unpruned || pruned, mean over tokens"),
         ("top-1 agreement", format_percent(quality.top1_agreement), "tokens 2 to T"),
     ]
     shown = (
         f'<div class="card"><span>{text(title)}</span><b>{text(value)}</b><span>{text(note)}</span></div>'
-        for title, value, note in cards
+        for title, value, note in (*cards, *(real if record.dummy is None else ()))
     )
     return ['<div class="cards">', *shown, "</div>"]
 

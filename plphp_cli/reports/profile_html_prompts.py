@@ -1,6 +1,6 @@
 """What the HTML page tells of layers and prompts: where the attention goes, totals, each prompt's own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from plphp_cli.profiling.records import PRUNED, LayerProfile, ProfileRecord, PromptProfile, TextsRecord, ratio
 from plphp_cli.reports.diff import word_diff
@@ -26,6 +26,12 @@ def layers_section(record: ProfileRecord) -> list[str]:
     """The layer table and the maps of heads; over several prompts their means."""
     if not record.layers:
         return []
+    if record.dummy is not None:
+        return [
+            "<h2>What is kept, by the given rates</h2>",
+            *_table(record.layers, scored=False),
+            '<p class="soft">kept: vision tokens per KV head</p>',
+        ]
     count = len(record.prompts)
     means = (
         ""
@@ -157,35 +163,30 @@ def _maps(layers: Sequence[LayerProfile], of: str) -> list[str]:
     return ['<div class="plots">', *drawn, "</div>"] if drawn else []
 
 
-def _table(layers: Sequence[LayerProfile]) -> list[str]:
-    heads = [
-        "layer",
-        "gamma",
-        "group",
-        "rate",
-        "kept",
-        "KV held",
-        "per head",
-        "uncut",
-        "overlap",
-        "kept per image",
-    ]
+def _table(layers: Sequence[LayerProfile], scored: bool = True) -> list[str]:
+    """The layer table; where rates were given (not `scored`) without what scores would tell."""
+    told: dict[str, Callable[[LayerProfile], Cell | str]] = {
+        "gamma": lambda layer: Cell(_gamma(layer.gamma), _bar(layer.gamma), "two"),
+        "group": lambda layer: Cell(groups(layer), css="shares" if len(layer.groups) > 1 else ""),
+    }
+    given: dict[str, Callable[[LayerProfile], Cell | str]] = {
+        "rate": lambda layer: format_number(layer.rate),
+        "kept": lambda layer: format_number(layer.vision_tokens_kept, 0),
+        "KV held": lambda layer: format_bytes(layer.kv_bytes_held),
+        "per head": lambda layer: format_bytes(layer.kv_bytes_held_per_head),
+        "uncut": lambda layer: format_bytes(layer.kv_bytes_full),
+    }
+    after: dict[str, Callable[[LayerProfile], Cell | str]] = {
+        "overlap": lambda layer: format_number(layer.head_overlap),
+        "kept per image": lambda layer: Cell(
+            ", ".join(format_percent(share, 0) for share in layer.image_shares) or "-", css="shares"
+        ),
+    }
+    columns = {**told, **given, **after} if scored else given
     rows: list[Row] = [
-        [
-            Cell(str(layer.index), css="layer"),
-            Cell(_gamma(layer.gamma), _bar(layer.gamma), "two"),
-            Cell(groups(layer), css="shares" if len(layer.groups) > 1 else ""),
-            format_number(layer.rate),
-            format_number(layer.vision_tokens_kept, 0),
-            format_bytes(layer.kv_bytes_held),
-            format_bytes(layer.kv_bytes_held_per_head),
-            format_bytes(layer.kv_bytes_full),
-            format_number(layer.head_overlap),
-            Cell(", ".join(format_percent(share, 0) for share in layer.image_shares) or "-", css="shares"),
-        ]
-        for layer in layers
+        [Cell(str(layer.index), css="layer"), *(show(layer) for show in columns.values())] for layer in layers
     ]
-    return table(heads, rows, stack=True)
+    return table(["layer", *columns], rows, stack=True)
 
 
 def _gamma(gamma: float | None) -> str:

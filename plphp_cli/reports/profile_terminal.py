@@ -102,8 +102,9 @@ def _times(record: ProfileRecord, width: int) -> list[Text]:
     figure("  TPOT p50", lambda arm: format_seconds(arm.tpot_s.p50 if arm.tpot_s else None))
     figure("  TPOT p90", lambda arm: format_seconds(arm.tpot_s.p90 if arm.tpot_s else None))
     figure("  TPOT p99", lambda arm: format_seconds(arm.tpot_s.p99 if arm.tpot_s else None))
-    tokens = max((arm.new_tokens or 0 for _, arm in arms), default=0)
-    figure(f"end to end, {plural(tokens, 'token')}", lambda arm: format_seconds(arm.end_to_end_s))
+    # As many as were asked for: an interrupted profile may have decoded none.
+    tokens = plural(record.plan.max_new_tokens, "token")
+    figure(f"end to end, {tokens}", lambda arm: format_seconds(arm.end_to_end_s))
     share = record.arms.pruned.prune_share_of_prefill if record.arms.pruned is not None else None
     if share is not None:
         text = f"pruning itself took {format_percent(share)} of a prefill of its own pass"
@@ -289,10 +290,12 @@ def _prompts(record: ProfileRecord, width: int) -> list[Text]:
 def _layers(record: ProfileRecord, width: int) -> list[Text]:
     if not record.layers:
         return []
-    lines = _rule("where the attention goes, layer by layer", width)
+    title = "where the attention goes" if record.dummy is None else "what is kept, by the given rates"
+    lines = _rule(f"{title}, layer by layer", width)
     counts = [prompt.vision_tokens for prompt in record.prompts if prompt.vision_tokens is not None]
     vision = round(sum(counts) / len(counts)) if counts else None
-    lines += layer_lines([_as_record(layer) for layer in record.layers], vision, width)
+    found = [_as_record(layer) for layer in record.layers]
+    lines += layer_lines(found, vision, width, scored=record.dummy is None)
     if len(record.prompts) > 1:
         lines.append(
             _cut(Text("means over prompts; groups: how many prompts have which", style="dim"), width)

@@ -31,6 +31,7 @@ from plphp_cli.units import (
 )
 
 UNKNOWN = "-"
+DUMMY = "dummy weights: speed and memory only"
 # Figures whose names in the record are not what a reader calls them.
 FIGURES = {
     "ttft": "TTFT",
@@ -93,8 +94,14 @@ def way_of_decoding(record: ProfileRecord) -> list[str]:
     found = []
     if record.batch_size > 1:
         found.append(
-            f"Decoding is of {record.batch_size} copies of the prompt in one batch: tokens/s and a step's "
-            "time are of all together; prefill, TTFT, KV cache held are of one."
+            f"Decoding is of {record.batch_size} copies of the prompt in one batch: tokens/s, a step's time, "
+            "what it reads and the peak of decoding are of all together; prefill, TTFT, KV cache held and "
+            "allocated are of one. One prefill and a whole batch's decoding make no time end to end: N/A."
+        )
+    if record.dummy is not None:
+        found.append(
+            "A synthetic prompt is not preprocessed and needs no vision encoder, so TTFT and end to end are "
+            "N/A; scores of random weights say nothing, so rates are given and gamma is N/A."
         )
     made = record.compiled
     if made is not None and made.refused is not None:
@@ -122,7 +129,8 @@ def standing(record: ProfileRecord) -> str:
 
 def remarks(record: ProfileRecord) -> list[str]:
     """What a reader should know before believing the figures."""
-    found = [*way_of_decoding(record), *record.warnings]
+    # What a dummy's headline says is not repeated.
+    found = [*way_of_decoding(record), *(w for w in record.warnings if record.dummy is None or w != DUMMY)]
     if record.interrupted:
         found.append("Interrupted: the figures are of what had been measured until then.")
     for name, arm in record.arms.items():
