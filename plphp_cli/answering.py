@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.profiling.records import CompileRecord
 from plphp_cli.results import GenerationRecord
 from plphp_cli.serialize import SCHEMA_VERSION
 
@@ -48,7 +49,7 @@ class AnswersRecord:
         decode_tokens_per_s: of all sequences together; first tokens are left out.
         kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is,
             since each sequence keeps a buffer of its own, and one that ended is read no more.
-        compiled: captures, batches, hit rate and seconds of compiling; None where that was not asked for.
+        compiled: captures, hits and seconds of compiling; None where that was not asked for.
     """
 
     model: str
@@ -60,7 +61,7 @@ class AnswersRecord:
     decode_s: float
     decode_tokens_per_s: float | None
     kv_padding_share: float = 0.0
-    compiled: dict[str, Any] | None = None
+    compiled: CompileRecord | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
     command: str = "run"

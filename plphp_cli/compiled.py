@@ -7,6 +7,7 @@ prompts whose capacities fall into the same buckets, that is, whose caches are s
 """
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,30 +32,37 @@ Run = Callable[[Tensor, Cache, Tensor | None], Tensor]
 _WARM_UPS = 3
 # Of a layer's code: one, and more for batch sizes and dynamic shapes. torch's own limit is 8.
 _MOST_VARIANTS = 64
+# Graphs kept, the latest used: each has a memory pool of its own, of a step's activations and logits.
+MOST_CAPTURES = 16
 
 
 @dataclass
 class CompileStats:
-    """What compiling came to.
+    """What compiling came to. Only what succeeded is counted: captures + hits = joins >= batches.
 
     Attributes:
-        captures: CUDA graphs captured (on a CPU: batches whose layers were compiled).
-        hits: batches that an earlier capture served; `batches` in all.
-        batches: see `hits`.
-        compile_s: seconds of compiling and capturing, warm-up included.
-        refused: why steps run uncompiled; None while they are compiled.
+        captures: CUDA graphs captured (on a CPU: numbers of rows that layers were compiled for).
+        hits: joins that an earlier capture served.
+        joins: prompts put together for compiled steps: as a batch begins, and as it goes on without those
+            that ended.
+        batches: batches that began with compiled steps.
+        evictions: captures let go for newer ones, since `MOST_CAPTURES` are kept.
+        compile_s: seconds of compiling and capturing, warm-up and failed attempts included.
+        refused: why steps run uncompiled from then on; None while they are compiled.
     """
 
     captures: int = 0
     hits: int = 0
+    joins: int = 0
     batches: int = 0
+    evictions: int = 0
     compile_s: float = 0.0
     refused: str | None = None
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits over batches; None before any."""
-        return self.hits / self.batches if self.batches else None
+        """Hits over joins; None before any."""
+        return self.hits / self.joins if self.joins else None
 
 
 class StepCompiler:
@@ -70,26 +78,40 @@ class StepCompiler:
         self._model: Any = loaded.model
         self._run = run
         self._forwards: dict[tuple[type, bool], Callable[..., Any]] = {}
-        self._captures: dict[tuple[Any, ...], _Capture] = {}
+        self._captures: OrderedDict[tuple[Any, ...], _Capture] = OrderedDict()
 
-    def step_for(self, cache: Cache, positions: Tensor | None) -> "Step | None":
-        """A compiled step for a joined cache; None where it cannot be, and `stats.refused` says why."""
-        if self.stats.refused is not None:
+    def step_for(self, cache: Cache, positions: Tensor | None, *, begins: bool = True) -> "Step | None":
+        """A compiled step for a joined cache; None where it cannot be, and `stats.refused` says why.
+
+        Args:
+            cache: of `joined.join`.
+            positions: of the rows' latest tokens [..., B, 1].
+            begins: whether a batch begins; else one goes on with fewer rows.
+        """
+        stats = self.stats
+        if stats.refused is not None:
             return None
-        started = time.perf_counter()
-        self.stats.batches += 1
+        started, hit = time.perf_counter(), False
         try:
-            return self._step_for(cache, positions)
+            step, hit = self._step_for(cache, positions)
         except PLPHPError as error:
-            self.stats.refused = error.message
+            stats.refused = error.message
         # Whatever a compiler of another project may raise: decoding goes on without it, and says so.
         except Exception as error:  # noqa: BLE001
-            self.stats.refused = f"{type(error).__name__}: {first_line(error)}"
+            stats.refused = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            stats.hits += hit
+            stats.captures += not hit
+            stats.joins += 1
+            stats.batches += begins
+            return step
         finally:
-            self.stats.compile_s += time.perf_counter() - started
+            if not hit:
+                stats.compile_s += time.perf_counter() - started
         return None
 
-    def _step_for(self, cache: Cache, positions: Tensor | None) -> "Step":
+    def _step_for(self, cache: Cache, positions: Tensor | None) -> tuple["Step", bool]:
+        """The step, and whether an earlier capture serves it."""
         layers: list[JoinedLayer] = cache.layers
         device = layers[0].rows[0].keys.device
         if any(not hasattr(row, "buffers") for layer in layers for row in layer.rows):
@@ -99,12 +121,11 @@ class StepCompiler:
         rows = len(layers[0].rows)
         if device.type == "cpu":
             key: tuple[Any, ...] = (rows,)
-            self._count(key in self._captures)
-            capture = self._captures.get(key)
+            capture = self._kept(key)
             if capture is None:
-                capture = self._captures[key] = _Capture(self, None)
                 self._warm_up(cache, positions)
-            return Step(capture, cache, positions)
+                return Step(self._keep(key, _Capture(self, None)), cache, positions), False
+            return Step(capture, cache, positions), True
         if any(layer.table is None for layer in layers):
             raise UnsupportedError(
                 "compiled decoding on a GPU needs Triton and a head width of a power of two"
@@ -114,15 +135,30 @@ class StepCompiler:
             tuple(positions.shape[:-2]),
             tuple(layer.table.splits for layer in layers if layer.table),
         )
-        found = self._captures.get(key)
-        self._count(found is not None)
-        if found is None:
-            found = _Capture(self, positions)
-            found.take(cache)
-            self._captures[key] = found
-        else:
-            found.adopt(cache, positions)
-        return Step(found, cache, positions)
+        capture = self._kept(key)
+        if capture is None:
+            capture = _Capture(self, positions)
+            capture.take(cache)
+            return Step(self._keep(key, capture), cache, positions), False
+        capture.adopt(cache, positions)
+        return Step(capture, cache, positions), True
+
+    def _kept(self, key: tuple[Any, ...]) -> "_Capture | None":
+        """The capture of that key, which is then the latest used."""
+        if key in self._captures:
+            self._captures.move_to_end(key)
+        return self._captures.get(key)
+
+    def _keep(self, key: tuple[Any, ...], capture: "_Capture") -> "_Capture":
+        """Keep a capture that was taken, in place of the one unused for longest where there are too many.
+
+        A batch that still runs by that one holds it until its end.
+        """
+        self._captures[key] = capture
+        if len(self._captures) > MOST_CAPTURES:
+            self._captures.popitem(last=False)
+            self.stats.evictions += 1
+        return capture
 
     def _warm_up(self, cache: Cache, positions: Tensor) -> None:
         """Compile, and take back the token that this wrote."""
@@ -135,10 +171,6 @@ class StepCompiler:
             # Also where it failed half way: uncompiled steps go on from here.
             for row, held in zip(rows, before, strict=True):
                 row.crop(held - row.held)
-
-    def _count(self, hit: bool) -> None:
-        self.stats.hits += hit
-        self.stats.captures += not hit
 
     @contextmanager
     def compiled_layers(self, cache: Cache) -> Iterator[None]:

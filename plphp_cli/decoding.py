@@ -117,7 +117,7 @@ class DecodeBatch:
         self.settle()
         self.prompts = [self.prompts[row] for row in rows]
         if self.prompts:
-            self._join()
+            self._join(begins=False)
 
     def settle(self, unread: int = 0) -> None:
         """Let each prompt know the tokens it took, all but the last `unread` that nobody asked for."""
@@ -138,7 +138,7 @@ class DecodeBatch:
                     if isinstance(row, PrunableLayer):
                         row.crop(-unread)
 
-    def _join(self) -> None:
+    def _join(self, begins: bool = True) -> None:
         self._steps = 0
         for prompt in self.prompts:
             for layer in prompt.cache.layers:
@@ -158,7 +158,7 @@ class DecodeBatch:
         self._positions = torch.cat(positions, dim=-2) if positions else None
         self._compiled = None
         if self._compiler is not None:
-            self._compiled = self._compiler.step_for(self._cache, self._positions)
+            self._compiled = self._compiler.step_for(self._cache, self._positions, begins=begins)
 
 
 def run_step(loaded: "LoadedModel", ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
@@ -217,7 +217,10 @@ def decode_batch(
         elif len(going) < len(rows):
             rows, logits = [rows[place] for place in going], logits[going]
             tokens = tokens[going]
+            compiled_s = _compile_s(compiler)
             batch.keep(going)
+            # So many rows may need a capture of their own: no time of a token.
+            watch.skip(_compile_s(compiler) - compiled_s)
         if not overlap:
             logits = batch.step(tokens)
     if batch is not None:

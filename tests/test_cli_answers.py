@@ -7,6 +7,7 @@ import pytest
 
 from plphp_cli.answering import AnswersRecord
 from plphp_cli.cli.app import main
+from plphp_cli.compiled import StepCompiler
 from plphp_cli.results import from_json
 from plphp_cli.serialize import parse
 
@@ -60,18 +61,28 @@ def test_compiled_steps_answer_the_same_and_say_what_compiling_took(capsys, prom
     compiled, notes = answers(capsys, prompts, toy, "--batch-size", "2", "--compile", "--json", str(target))
     assert compiled == plain
     assert "hit rate" in notes
-    assert parse(AnswersRecord, target.read_text(encoding="utf-8")).compiled["refused"] is None
+    assert parse(AnswersRecord, target.read_text(encoding="utf-8")).compiled.refused is None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_one_prompt_compiled_has_both_arms_and_a_note(capsys, prompts, toy, tmp_path):
+def test_one_prompt_compiled_has_both_arms_and_a_note(capsys, prompts, toy, tmp_path, monkeypatch):
+    step_for, capacities = StepCompiler.step_for, []
+
+    def noted(compiler, cache, positions, **options):
+        capacities.append([layer.rows[0].buffers[0].shape[2] for layer in cache.layers])
+        return step_for(compiler, cache, positions, **options)
+
+    monkeypatch.setattr(StepCompiler, "step_for", noted)
     target = tmp_path / "record.json"
     image = prompts.replace("prompts.jsonl", "0.png")
     command = ["run", "--model", toy, "--device", "cpu", "--image", image, "--prompt", "what?"]
     assert main([*command, "--max-new-tokens", "8", "--compile", "--json", str(target)]) == 0
     capsys.readouterr()
     record = from_json(target.read_text(encoding="utf-8"))
-    assert any("compiled steps" in note for note in record.notes)
+    # Warmed up by caches of the capacities that are timed, so that no arm compiles while it is.
+    assert capacities[:2] == capacities[2:]
+    assert capacities[0] != capacities[1]
+    assert any("compiled steps: 1 capture for 4 batches, hit rate 75.0 %" in note for note in record.notes)
     assert record.pruned.new_tokens == record.unpruned.new_tokens == 8
     assert main([*command, "--max-new-tokens", "8", "--json", "-"]) == 0
     plain = from_json(capsys.readouterr().out)

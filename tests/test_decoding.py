@@ -7,6 +7,7 @@ import torch
 from families import as_prompt, load
 from laws import CUT, snapshot
 
+from plphp_cli import compiled as compiled_module
 from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.decoding import DecodeBatch, decode_batch, step_compiler
@@ -124,9 +125,41 @@ def test_compiled_steps_give_the_same_and_serve_further_batches(name):
         assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
     stats = compiler.stats
     assert stats.refused is None
-    assert (stats.captures, stats.hits, stats.batches) == (1, 1, 2)
+    assert (stats.captures, stats.hits, stats.joins, stats.batches) == (1, 1, 2, 2)
     assert stats.compile_s > 0
     assert snapshot(family.model) == before
+
+
+def test_captures_hits_and_joins_are_what_they_say_and_captures_have_a_limit(monkeypatch):
+    family = load("llava")
+    compiler = step_compiler(family.loaded)
+    # What is counted does not depend on what is compiled, which takes its time.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compiled_module, "MOST_CAPTURES", 2)
+    stats = compiler.stats
+
+    def batch_of(rows):
+        before = (stats.captures, stats.hits, stats.joins, stats.batches, stats.evictions)
+        with torch.no_grad(), prune(family.model, None) as pruner:
+            batch = DecodeBatch(family.loaded, prefilled(family, policies()[:rows], pruner), STEPS, compiler)
+        after = (stats.captures, stats.hits, stats.joins, stats.batches, stats.evictions)
+        assert stats.captures + stats.hits == stats.joins >= stats.batches
+        return batch, tuple(later - earlier for earlier, later in zip(before, after, strict=True))
+
+    assert batch_of(1)[1] == (1, 0, 1, 1, 0)
+    batch, counts = batch_of(2)
+    assert counts == (1, 0, 1, 1, 0)
+    seconds = stats.compile_s
+    # It goes on with one row, for which there is a capture: a join, no batch, and nothing compiled.
+    with torch.no_grad(), prune(family.model, None):
+        batch.keep([1])
+    assert (stats.captures, stats.hits, stats.joins, stats.batches) == (2, 1, 3, 2)
+    assert stats.compile_s == seconds
+    # The third kind takes the place of the one unused for longest, two rows, which is then compiled anew.
+    assert batch_of(3)[1] == (1, 0, 1, 1, 1)
+    assert batch_of(1)[1] == (0, 1, 1, 1, 0)
+    assert batch_of(2)[1] == (1, 0, 1, 1, 1)
+    assert stats.hit_rate == stats.hits / stats.joins == 2 / 6
 
 
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_why():
@@ -149,7 +182,9 @@ def test_a_compiler_that_fails_costs_nothing_but_its_speed(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     together, alone = along(family, random_ids(), compiler)
     assert (together - alone).abs().max() <= 1e-4 * alone.abs().max()
-    assert compiler.stats.refused == "RuntimeError: no such"
+    stats = compiler.stats
+    assert stats.refused == "RuntimeError: no such"
+    assert (stats.captures, stats.hits, stats.joins, stats.batches, stats.hit_rate) == (0, 0, 0, 0, None)
     assert snapshot(family.model) == before
 
 

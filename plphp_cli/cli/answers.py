@@ -11,7 +11,9 @@ from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.output import print_error, say, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
 from plphp_cli.errors import UsageError
+from plphp_cli.profiling.records import CompileRecord
 from plphp_cli.profiling.state import Question
+from plphp_cli.reports.profile_text import compiled_steps
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.serialize import to_json
 from plphp_cli.units import format_bytes, format_percent, format_rate, format_seconds
@@ -109,9 +111,7 @@ def _begin(
             prefill_s=work.prefill_s,
             decode_s=work.decode_s,
             decode_tokens_per_s=work.decode_tokens_per_s,
-            compiled=None
-            if compiler is None
-            else {**dataclasses.asdict(compiler.stats), "hit_rate": compiler.stats.hit_rate},
+            compiled=None if compiler is None else CompileRecord.from_stats(compiler.stats),
             environment=environment(
                 loaded=loaded, config=request.config, seed=wanted.seed, command=request.command
             ),
@@ -133,14 +133,8 @@ def _summary(record: AnswersRecord) -> None:
         f"KV cache held {format_bytes(held)} of {format_bytes(full)} ({format_percent(share)}) over all "
         "prompts; no padding is read"
     )
-    made = record.compiled
-    if made is not None and made["refused"] is not None:
-        say(f"steps ran uncompiled: {made['refused']}")
-    elif made is not None:
-        say(
-            f"compiled: {made['captures']} captures for {made['batches']} batches, hit rate "
-            f"{format_percent(made['hit_rate'])}, {format_seconds(made['compile_s'])} of compiling"
-        )
+    if record.compiled is not None:
+        say(compiled_steps(record.compiled))
     right = [a.text.strip() == a.expected.strip() for a in record.answers if a.expected is not None]
     if right:
         say(f"{sum(right)} of {len(right)} answers are the expected ones")

@@ -1,5 +1,6 @@
 """The work of `plphp run`: both arms of one prompt. What is known at any moment survives an interruption."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
 from plphp_cli.memory import MemorySampler, MemorySnapshot
 from plphp_cli.models.options import LoadOptions
+from plphp_cli.profiling.records import CompileRecord
+from plphp_cli.reports.profile_text import compiled_steps
 from plphp_cli.reports.snapshot import DECODING, DONE, INTERRUPTED, PREFILL, ArmSnapshot, LiveSnapshot
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.results import (
@@ -132,13 +135,29 @@ class RunSession:
         )
 
     def warm_up(self) -> None:
-        """One short pass of the pruned arm that counts for nothing."""
+        """One short pass of the pruned arm that counts for nothing; to be compiled, of the unpruned too.
+
+        A captured step is for caches of about one capacity: each arm has its own, with the room for a whole
+        answer. Otherwise the unpruned arm would compile while it is timed.
+        """
         self._view = replace(self._view, stage="warm-up, discarded")
-        short = min(WARM_UP_TOKENS, self._request.generation.max_new_tokens)
+        request = self._request
+        whole = request.generation.max_new_tokens
+        policies = (request.config, None) if request.compile and request.baseline else (request.config,)
         assert self._loaded is not None
         with MemorySampler(self._loaded.device) as self._sampler:
-            for _ in self._stream(self._request.config, self._settings(short)):
+            for policy in policies:
+                room = whole if request.compile else min(WARM_UP_TOKENS, whole)
+                self._pass(self._stream(policy, self._settings(room)))
+
+    def _pass(self, events: Any) -> None:
+        """The first tokens of a stream, to no end; it is closed, so that the model is restored."""
+        try:
+            # The prefill is an event, too.
+            for _ in itertools.islice(events, 1 + WARM_UP_TOKENS):
                 self._check()
+        finally:
+            events.close()
 
     def run_arm(self, name: str) -> None:
         """Generate with the config (`pruned`) or with scoring and cutting switched off (`unpruned`)."""
@@ -220,13 +239,8 @@ class RunSession:
     def _compile_notes(self) -> list[str]:
         if self._compiler is None:
             return []
-        stats = self._compiler.stats
-        if stats.refused is not None:
-            return [f"steps ran uncompiled: {stats.refused}"]
-        return [
-            f"compiled steps: {stats.captures} captures for {stats.batches} decodes, "
-            f"{stats.compile_s:.1f} s of compiling and capturing"
-        ]
+        # A run decodes four times at most, its warm-ups included.
+        return [compiled_steps(CompileRecord.from_stats(self._compiler.stats))]
 
     def _prepare(self) -> None:
         from plphp_cli.models import prepare

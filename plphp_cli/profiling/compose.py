@@ -338,8 +338,9 @@ def _uncompiled_peaks(reached: Sequence[PromptState], compiled: CompileRecord | 
     """Fresh processes compile nothing: their peaks of decoding are not those of the steps that were timed."""
     if compiled is None or compiled.refused is not None:
         return []
-    taken = any(peaks.decode_bytes for state in reached for peaks in state.peaks.values())
-    return ["peaks of decoding are of uncompiled steps; what compiled ones take beside is not known"][:taken]
+    if not any(peaks.decode_bytes for state in reached for peaks in state.peaks.values()):
+        return []
+    return ["peaks of decoding are of uncompiled steps; what compiled ones take beside is not known"]
 
 
 def _left_out(reached: Sequence[PromptState], timed: Sequence[PromptState]) -> list[str]:

@@ -6,7 +6,7 @@ No torch here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from plphp_cli.config import PLPHPConfig
@@ -336,10 +336,17 @@ class SpreadRecord:
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """Compiled steps: graphs captured, batches that an earlier capture served, and what it took.
+    """Compiled steps, as `compiled.CompileStats` counts them: captures + hits = joins.
 
-    `refused` says why steps ran uncompiled; None where they were compiled. `hit_rate` is None before any
-    batch.
+    Attributes:
+        captures: graphs captured (on a CPU: numbers of rows that layers were compiled for).
+        hits: joins that an earlier capture served.
+        joins: prompts put together: as a batch begins, and as it goes on without those that ended.
+        batches: batches that began with compiled steps.
+        evictions: captures let go for newer ones.
+        hit_rate: hits over joins; None before any.
+        compile_s: seconds of compiling and capturing.
+        refused: why steps ran uncompiled from some point on; None where they were compiled.
     """
 
     captures: int
@@ -347,11 +354,14 @@ class CompileRecord:
     hit_rate: float | None
     compile_s: float
     refused: str | None = None
+    hits: int = 0
+    joins: int = 0
+    evictions: int = 0
 
     @classmethod
     def from_stats(cls, stats: Any) -> Self:
         """The record of one `compiled.CompileStats`."""
-        return cls(stats.captures, stats.batches, stats.hit_rate, stats.compile_s, stats.refused)
+        return cls(**asdict(stats), hit_rate=stats.hit_rate)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from plphp_cli.profiling.records import (
     STOCK,
     UNPRUNED,
     BoundRecord,
+    CompileRecord,
     DummyRecord,
     LayerProfile,
     ProfileRecord,
@@ -103,16 +104,27 @@ def way_of_decoding(record: ProfileRecord) -> list[str]:
             "A synthetic prompt is not preprocessed and needs no vision encoder, so TTFT and end to end are "
             "N/A; scores of random weights say nothing, so rates are given and gamma is N/A."
         )
-    made = record.compiled
-    if made is not None and made.refused is not None:
-        found.append(f"Steps ran uncompiled: {made.refused}.")
-    elif made is not None:
-        found.append(
-            f"The tool's arms decoded by compiled steps: {plural(made.captures, 'capture')} for "
-            f"{plural(made.batches, 'batch', 'batches')} (hit rate {format_percent(made.hit_rate)}), "
-            f"{format_seconds(made.compile_s)} of compiling."
-        )
+    if record.compiled is not None:
+        found.append(f"Of the tool's arms: {compiled_steps(record.compiled)}.")
     return found
+
+
+def compiled_steps(made: CompileRecord) -> str:
+    """What came of compiling, in words without a full stop."""
+    if made.refused is not None and not made.joins:
+        return f"steps ran uncompiled: {made.refused}"
+    again = made.joins - made.batches
+    parts = [
+        f"compiled steps: {plural(made.captures, 'capture')} for {plural(made.batches, 'batch', 'batches')}"
+        + (f", put together anew {plural(again, 'time')} as answers ended" if again else ""),
+        f"hit rate {format_percent(made.hit_rate)}",
+        f"{format_seconds(made.compile_s)} of compiling",
+    ]
+    if made.evictions:
+        parts.append(f"{plural(made.evictions, 'capture')} let go for newer ones")
+    if made.refused is not None:
+        parts.append(f"then steps ran uncompiled: {made.refused}")
+    return ", ".join(parts)
 
 
 def standing(record: ProfileRecord) -> str:
