@@ -159,11 +159,14 @@ def _memory(record: ProfileRecord, width: int) -> list[Text]:
     def figure(label: str, show: Callable[[ArmProfile], int | None]) -> None:
         lines.append(_row(label, [format_bytes(show(arm)) for _, arm in arms], width))
 
-    figure("KV cache held", lambda arm: arm.kv_bytes_held)
-    figure("KV cache allocated", lambda arm: arm.kv_bytes_allocated)
-    figure("peak live, prefill", lambda arm: arm.peak_prefill_bytes)
+    # Of a batch what is of one prompt says so, beside what is of all.
+    batch = record.batch_size > 1
+    figure("KV held, 1 prompt" if batch else "KV cache held", lambda arm: arm.kv_bytes_held)
+    figure("KV alloc., 1 prompt" if batch else "KV cache allocated", lambda arm: arm.kv_bytes_allocated)
+    figure(f"peak live, {'1 ' if batch else ''}prefill", lambda arm: arm.peak_prefill_bytes)
     figure("  decoder part", lambda arm: arm.peak_prefill_decoder_bytes)
-    figure("peak live, decode", lambda arm: arm.peak_decode_bytes)
+    steps = f"decode of {record.batch_size}" if batch else "decode"
+    figure(f"peak live, {steps}", lambda arm: arm.peak_decode_bytes)
     figure("resident (RSS), peak", lambda arm: arm.memory.rss_peak_bytes if arm.memory else None)
     figure("GPU used, peak (NVML)", lambda arm: arm.memory.device_used_peak_bytes if arm.memory else None)
     text = (
@@ -186,7 +189,8 @@ def _bound(record: ProfileRecord, width: int) -> list[Text]:
         lines.append(_row(label, list(values), width))
 
     figure("weights", [format_bytes(bound.weight_bytes)] * len(names))
-    figure("cache", [format_bytes(bound.kv_bytes_per_step[name]) for name in names])
+    cache = "cache" if record.batch_size == 1 else f"cache of {record.batch_size}"
+    figure(cache, [format_bytes(bound.kv_bytes_per_step[name]) for name in names])
     figure("cache, share of step", [format_percent(bound.kv_share_of_step[name]) for name in names])
     figure("least time of a step", [format_seconds(bound.ideal_step_s[name]) for name in names])
     figure("share attained", [format_percent(bound.attained[name]) for name in names])
