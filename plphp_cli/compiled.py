@@ -3,7 +3,8 @@
 The decoder's layers are compiled by torch.compile, once for all layers of a model (their attention is one
 opaque operation, so that neither lengths nor layers make a variant). On CUDA the whole step is then captured
 in a graph. Where caches lie and how long they are is data that the graph reads: one capture serves any
-prompts whose capacities fall into the same buckets, that is, whose caches are split alike.
+prompts whose capacities fall into the same buckets, that is, whose caches are split alike. No capacity is
+rounded up for that: a compiled step's caches take the bytes that an uncompiled one's do.
 """
 
 import time

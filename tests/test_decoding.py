@@ -162,6 +162,35 @@ def test_captures_hits_and_joins_are_what_they_say_and_captures_have_a_limit(mon
     assert stats.hit_rate == stats.hits / stats.joins == 2 / 6
 
 
+@pytest.mark.parametrize("room", [STEPS, 1, None])
+def test_compiled_steps_allocate_no_more_than_the_byte_law_allows(room, monkeypatch):
+    """METHOD's law: real bytes = capacity, at most 5 % beyond held + new tokens; compiling rounds up nothing,
+    though 25 % would be allowed. Buffers without the room grow, also as sequences leave."""
+    family = load("llava")
+    compiler = step_compiler(family.loaded)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        runs = [prefill(family.loaded, as_prompt(inputs), pruner, room) for inputs in family.prompts[:2]]
+        held = [[layer.held for layer in run.cache.layers] for run in runs]
+        batch = DecodeBatch(family.loaded, runs, STEPS, compiler)
+        assert batch.compiled
+        for _ in range(STEPS // 2):
+            batch.step(torch.tensor([[3], [4]]))
+        batch.keep([1])
+        assert batch.compiled
+        for _ in range(STEPS - STEPS // 2):
+            batch.step(torch.tensor([[3]]))
+        batch.settle()
+    assert compiler.stats.refused is None
+    for run, counts in zip(runs, held, strict=True):
+        for layer, before in zip(run.cache.layers, counts, strict=True):
+            needed, capacity = before + STEPS, layer.buffers[0].shape[2]
+            assert needed <= capacity <= needed + max(1, needed // 20)
+            assert room != STEPS or capacity == needed
+            assert layer.allocated_bytes == capacity * layer.token_bytes
+    assert runs[1].cache.layers[0].held == held[1][0] + STEPS
+
+
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_why():
     family = load("gemma3")
     compiler = step_compiler(family.loaded)
