@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from plphp_cli.cli.load_options import find_model
+from plphp_cli.cli.option_groups import takes
 from plphp_cli.errors import ModelError, PLPHPError, UsageError
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
@@ -102,6 +103,21 @@ def dummy_plan(
     if tokens < count:
         raise UsageError(f"{tokens} vision tokens in {count} images", hint="expected at least one an image")
     return DummyPlan(tokens, count, rates, text_tokens or _TEXT_TOKENS, rates_from=rates_from)
+
+
+# These options of a command in place of its parameter `plan`.
+with_dummy_options = takes(
+    "plan",
+    {
+        "dummy_weights": (DummyWeightsOption, False),
+        "vision_tokens": (VisionTokensOption, None),
+        "images": (ImagesOption, None),
+        "text_tokens": (TextTokensOption, None),
+        "layer_rates": (LayerRatesOption, None),
+        "rates_from": (RatesFromOption, None),
+    },
+    dummy_plan,
+)
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

@@ -1,7 +1,5 @@
 """The options that say how a model is loaded, written once for all commands. Nothing here loads torch."""
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.option_groups import takes
 from plphp_cli.cli.output import say
 from plphp_cli.models.hub import go_offline, is_offline
 from plphp_cli.models.options import DEFAULTS, LoadOptions
@@ -41,38 +40,24 @@ _ANNOTATIONS: dict[str, Any] = {
 }
 
 
+def _load_options(**values: Any) -> LoadOptions:
+    options = LoadOptions(**values | {"processor_arg": tuple(values["processor_arg"] or ())})
+    options.check()
+    if options.offline:
+        go_offline()
+    return options
+
+
 def with_load_options(command: Callable[..., int]) -> Callable[..., int]:
     """A command that takes every field of `LoadOptions` as an option, in place of its parameter `options`.
 
     What was typed is checked before the command begins, and `--offline` holds before anything could ask the
     hub. Raises `UsageError`.
     """
-    signature = inspect.signature(command, eval_str=True)
-
-    @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> int:
-        values = {name: given.pop(name) for name in _ANNOTATIONS}
-        options = LoadOptions(**values | {"processor_arg": tuple(values["processor_arg"] or ())})
-        options.check()
-        if options.offline:
-            go_offline()
-        return command(*args, options=options, **given)
-
-    parameters = []
-    for parameter in signature.parameters.values():
-        parameters += _parameters() if parameter.name == "options" else [parameter]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _parameters() -> list[inspect.Parameter]:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     defaults = {**asdict(DEFAULTS), "processor_arg": None}
-    return [
-        inspect.Parameter(name, kind, default=defaults[name], annotation=annotation)
-        for name, annotation in _ANNOTATIONS.items()
-    ]
+    taken = {name: (annotation, defaults[name]) for name, annotation in _ANNOTATIONS.items()}
+    decorated: Callable[..., int] = takes("options", taken, _load_options)(command)
+    return decorated
 
 
 def find_model(name: str) -> "Source":

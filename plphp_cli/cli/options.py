@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from plphp_cli import parallel
+from plphp_cli.cli.option_groups import takes
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, UsageError
 from plphp_cli.files import check_writable
@@ -178,6 +179,10 @@ DebugOption = Annotated[
 ]
 
 
+# What a command has for its knobs where none was named.
+NO_KNOBS: dict[str, Any] = {}
+
+
 class MultiValueCommand(TyperCommand):
     """A command whose `--image a b` means `--image a --image b`: options take one value by themselves."""
 
@@ -233,6 +238,22 @@ def overrides(
         "skip_layers": None if skip_layers is None else parse_layers(skip_layers),
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+# The knobs of pruning, as options of a command in place of its parameter `knobs`: those that were named.
+with_knobs = takes(
+    "knobs",
+    {
+        "r": (ROption, None),
+        "delta_r": (DeltaROption, None),
+        "alpha": (AlphaOption, None),
+        "beta": (BetaOption, None),
+        "scope": (ScopeOption, None),
+        "head_reduce": (HeadReduceOption, None),
+        "skip_layers": (SkipLayersOption, None),
+    },
+    overrides,
+)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,7 +30,7 @@ from plphp_cli.files import check_writable
 from plphp_cli.models.options import DEFAULTS, LoadOptions
 from plphp_cli.profiling.pace import Progress
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
-from plphp_cli.profiling.state import ProfileRequest
+from plphp_cli.profiling.state import DummyPlan, ProfileRequest
 from plphp_cli.reports.profile_text import given_rates
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
@@ -73,6 +73,8 @@ HtmlOption = Annotated[
 
 
 @with_load_options
+@opt.with_knobs
+@dummy.with_dummy_options
 def profile(
     context: typer.Context,
     image: opt.ImageOption = None,
@@ -83,13 +85,7 @@ def profile(
     model: opt.ModelOption = "builtin",
     options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
-    r: opt.ROption = None,
-    delta_r: opt.DeltaROption = None,
-    alpha: opt.AlphaOption = None,
-    beta: opt.BetaOption = None,
-    scope: opt.ScopeOption = None,
-    head_reduce: opt.HeadReduceOption = None,
-    skip_layers: opt.SkipLayersOption = None,
+    knobs: dict[str, Any] = opt.NO_KNOBS,
     max_new_tokens: opt.MaxNewTokensOption = 128,
     compare_baseline: CompareBaselineOption = False,
     compare_stock: CompareStockOption = False,
@@ -97,12 +93,7 @@ def profile(
     warmup: WarmupOption = 1,
     batch_size: dummy.BatchSizeOption = 1,
     compile: dummy.CompileOption = False,
-    dummy_weights: dummy.DummyWeightsOption = False,
-    vision_tokens: dummy.VisionTokensOption = None,
-    images: dummy.ImagesOption = None,
-    text_tokens: dummy.TextTokensOption = None,
-    layer_rates: dummy.LayerRatesOption = None,
-    rates_from: dummy.RatesFromOption = None,
+    plan: DummyPlan | None = None,
     json: opt.JsonOption = None,
     csv: CsvOption = None,
     html: HtmlOption = None,
@@ -116,18 +107,8 @@ def profile(
     files = _targets(json, csv, html, force)
     opt.check_generation(max_new_tokens, None, None, 0)
     _check_counts(repeats, warmup)
-    knobs = opt.overrides(
-        r=r,
-        delta_r=delta_r,
-        alpha=alpha,
-        beta=beta,
-        scope=scope,
-        head_reduce=head_reduce,
-        skip_layers=skip_layers,
-    )
     if batch_size < 1:
         raise UsageError(f"batch-size = {batch_size}; expected 1 or more")
-    plan = dummy.dummy_plan(dummy_weights, vision_tokens, images, text_tokens, layer_rates, rates_from)
     if plan is None:
         dummy.check_no_shape(model)
         chosen, origin = opt.choose_config(model, config, knobs)

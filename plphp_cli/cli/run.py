@@ -2,6 +2,8 @@
 
 import contextlib
 import sys
+from dataclasses import replace
+from typing import Any
 
 import typer
 
@@ -35,6 +37,7 @@ from plphp_cli.results import to_json
 
 
 @with_load_options
+@opt.with_knobs
 def run(
     context: typer.Context,
     image: opt.ImageOption = None,
@@ -48,13 +51,7 @@ def run(
     model: opt.ModelOption = "builtin",
     options: LoadOptions = DEFAULTS,
     config: opt.ConfigOption = None,
-    r: opt.ROption = None,
-    delta_r: opt.DeltaROption = None,
-    alpha: opt.AlphaOption = None,
-    beta: opt.BetaOption = None,
-    scope: opt.ScopeOption = None,
-    head_reduce: opt.HeadReduceOption = None,
-    skip_layers: opt.SkipLayersOption = None,
+    knobs: dict[str, Any] = opt.NO_KNOBS,
     recut: opt.RecutOption = None,
     max_new_tokens: opt.MaxNewTokensOption = 128,
     temperature: opt.TemperatureOption = None,
@@ -74,45 +71,11 @@ def run(
     """
     opt.check_json_target(json, force)
     generation = opt.check_generation(max_new_tokens, temperature, top_p, seed, stop)
-    knobs = opt.overrides(
-        r=r,
-        delta_r=delta_r,
-        alpha=alpha,
-        beta=beta,
-        scope=scope,
-        head_reduce=head_reduce,
-        skip_layers=skip_layers,
-    )
     chosen, origin = opt.choose_config(model, config, knobs)
     check_batch(batch_size, data, chat)
-    if data is not None:
-        if raw_prompt or recut is not None:
-            raise UsageError("--data takes neither --raw-prompt nor --recut", hint="leave them out")
-        if parallel.world_size() > 1:
-            raise UsageError("--data under torchrun is not supported", hint="use one process")
-        questions = read_questions(image, prompt, data, system, max_pixels)
-        check_model(model, options)
-        request = RunRequest(
-            images=(),
-            prompt="",
-            system=system,
-            model=model,
-            config=chosen,
-            config_origin=origin,
-            generation=generation,
-            baseline=False,
-            options=options,
-            command=tuple(context.obj or sys.argv),
-            compile=compile,
-        )
-        return answer_file(request, questions, batch_size, json, force)
-    recut = _check_chat(chat, recut, image, prompt, raw_prompt)
-    text = _read_texts(chat, prompt, system, raw_prompt)
-    shown = tuple(load_image(path, max_pixels) for path in image or ())
-    check_model(model, options)
     request = RunRequest(
-        images=shown,
-        prompt=text,
+        images=(),
+        prompt="",
         system=system,
         raw_prompt=raw_prompt,
         model=model,
@@ -124,6 +87,19 @@ def run(
         command=tuple(context.obj or sys.argv),
         compile=compile,
     )
+    if data is not None:
+        if raw_prompt or recut is not None:
+            raise UsageError("--data takes neither --raw-prompt nor --recut", hint="leave them out")
+        if parallel.world_size() > 1:
+            raise UsageError("--data under torchrun is not supported", hint="use one process")
+        questions = read_questions(image, prompt, data, system, max_pixels)
+        check_model(model, options)
+        return answer_file(replace(request, baseline=False), questions, batch_size, json, force)
+    recut = _check_chat(chat, recut, image, prompt, raw_prompt)
+    text = _read_texts(chat, prompt, system, raw_prompt)
+    shown = tuple(load_image(path, max_pixels) for path in image or ())
+    check_model(model, options)
+    request = replace(request, images=shown, prompt=text)
     if chat:
         return converse(request, recut, max_pixels, json_target=json, force=force)
     json = json if parallel.rank() == 0 else None

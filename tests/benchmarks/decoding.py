@@ -40,7 +40,7 @@ from plphp_cli.environment import cpu_model, package_version
 from plphp_cli.models import decoder_weight_bytes
 from plphp_cli.models.dummy import load_dummy
 from plphp_cli.profiling.machine import measure_machine
-from plphp_cli.profiling.statistics import compare, median
+from plphp_cli.profiling.statistics import MIN_PAIRS, compare, median
 from plphp_cli.units import format_bytes
 
 ARMS = (STOCK, UNPRUNED, PRUNED, COMPILED, COMPILED_UNPRUNED, CONTROL)
@@ -64,7 +64,11 @@ def ratio(samples, over, under):
 
 
 def shown(found):
-    return "N/A" if found is None else f"{found.median:.2f}x ({found.low:.2f} to {found.high:.2f})"
+    if found is None:
+        return "N/A"
+    # An interval of a few pairs is narrow by chance alone.
+    interval = f" ({found.low:.2f} to {found.high:.2f})" if len(found.ratios) >= MIN_PAIRS else ""
+    return f"{found.median:.2f}x{interval}"
 
 
 def ratios_of(arms):
