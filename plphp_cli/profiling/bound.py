@@ -8,14 +8,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from plphp_cli.profiling.bound_records import BatchRow, BoundRecord, CapacityRecord
 from plphp_cli.profiling.records import (
     FASTER,
     PRUNED,
     STOCK,
     UNPRUNED,
-    BatchRow,
-    BoundRecord,
-    CapacityRecord,
     RatioProfile,
 )
 from plphp_cli.profiling.statistics import THRESHOLD

@@ -7,6 +7,7 @@ from typing import Any
 
 from plphp_cli.profiling.answers import quality
 from plphp_cli.profiling.bound import Limits, Load, Measured, bound
+from plphp_cli.profiling.bound_records import BoundRecord
 from plphp_cli.profiling.over_prompts import TIMES, mean_layers, spreads, totals, worst
 from plphp_cli.profiling.records import (
     PRUNED,
@@ -14,7 +15,6 @@ from plphp_cli.profiling.records import (
     UNPRUNED,
     ArmProfile,
     ArmsRecord,
-    BoundRecord,
     CompileRecord,
     DummyRecord,
     PlanRecord,

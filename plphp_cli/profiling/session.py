@@ -15,17 +15,15 @@ from plphp_cli.attention import prune
 from plphp_cli.compiled import StepCompiler
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import step_compiler
-from plphp_cli.environment import environment, sha256_of_text
 from plphp_cli.generate import Clock, prefill
 from plphp_cli.memory import known
-from plphp_cli.models import LoadedModel, decoder_weight_bytes, is_out_of_memory, model_bytes, prepare
+from plphp_cli.models import LoadedModel, is_out_of_memory, prepare
 from plphp_cli.models.dummy import dummy_prompt
-from plphp_cli.models.loaded import settled_options
-from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
+from plphp_cli.profiling.circumstances import circumstances, figures_of, fresh_job
 from plphp_cli.profiling.compose import compose
-from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, load_model, measure_fresh
+from plphp_cli.profiling.fresh import load_model, measure_fresh
 from plphp_cli.profiling.layers import check_bytes, layer_profiles
 from plphp_cli.profiling.machine import how_busy, measure_machine
 from plphp_cli.profiling.pace import Pace, Progress
@@ -84,7 +82,7 @@ class ProfileSession:
         """Load the model and note the circumstances."""
         request = self._request
         # Before the model is there, too: what is interrupted while it loads says under which circumstances.
-        self._note_circumstances()
+        self._environment |= circumstances(request, None)
         self._note_machine()
         start = time.monotonic()
         self._loaded = loaded = load_model(request.model, request.options, request.dummy)
@@ -98,19 +96,8 @@ class ProfileSession:
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)
-        text = loaded.model.config.get_text_config(decoder=True)
-        self._figures = ModelFigures(
-            weight_bytes=decoder_weight_bytes(loaded),
-            model_bytes=model_bytes(loaded),
-            item_bytes=loaded.dtype.itemsize,
-            query_heads=int(getattr(text, "num_attention_heads", 1)),
-            kv_heads=int(getattr(text, "num_key_value_heads", None) or 0),
-            # A built-in shape with dummy weights takes prompts of any length: that is no model's context.
-            context_tokens=None
-            if request.dummy is not None and request.model in SHAPES
-            else getattr(text, "max_position_embeddings", None),
-        )
-        self._note_circumstances()
+        self._figures = figures_of(request, loaded)
+        self._environment |= circumstances(request, loaded)
 
     def run(self) -> None:
         """Measure every prompt, then the machine, then peaks in fresh processes."""
@@ -162,29 +149,6 @@ class ProfileSession:
                 "peaks": len(request.arms),
             }
         )
-
-    def _note_circumstances(self) -> None:
-        request, loaded = self._request, self._loaded
-        first = request.questions[0]
-        self._environment |= environment(
-            loaded=loaded,
-            config=request.used_config,
-            seed=0,
-            command=request.command or None,
-            images=[image for question in request.questions for image in question.images],
-            prompt=first.prompt if len(request.questions) == 1 else None,
-            attention_mask="none while decoding what was cut, else the model's own",
-        )
-        if loaded is None:
-            # Where the model would have run is not known.
-            self._environment["device"] = None
-        self._environment["questions"] = [
-            {
-                "prompt_sha256": sha256_of_text(question.prompt),
-                "image_sha256": [image.sha256 for image in question.images],
-            }
-            for question in request.questions
-        ]
 
     def _note_machine(self) -> None:
         """Whether others use the CPU, while this process does nothing."""
@@ -379,20 +343,7 @@ class ProfileSession:
     def _measure_peaks(self, arm: str) -> None:
         request, loaded = self._request, self._loaded
         assert loaded is not None
-        job = FreshJob(
-            arm=arm,
-            config=request.config,
-            prompts=tuple(
-                FreshPrompt(tuple(image.path for image in q.images), q.prompt, q.system)
-                for q in request.questions
-            ),
-            max_pixels=request.max_pixels,
-            new_tokens=request.max_new_tokens,
-            model=request.model,
-            options=settled_options(loaded),
-            batch_size=request.batch_size,
-            dummy=request.dummy,
-        )
+        job = fresh_job(request, loaded, arm)
         with self._pace.piece("peaks", f"peak memory, {arm} arm in a fresh process"):
             found = measure_fresh(job)
         for state, peaks in zip(self.states, found, strict=True):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from plphp_cli.profiling.bound_records import BoundRecord
 from plphp_cli.profiling.records import (
     FASTER,
     FEW_PROMPTS,
@@ -9,7 +10,6 @@ from plphp_cli.profiling.records import (
     PRUNED,
     STOCK,
     UNPRUNED,
-    BoundRecord,
     CompileRecord,
     DummyRecord,
     LayerProfile,
