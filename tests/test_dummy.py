@@ -114,6 +114,7 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     record = from_json(target.read_text(encoding="utf-8"))
     assert record.dummy.layer_rates == (0.5, 0.1)
     assert record.batch_size == 2
+    assert record.prompts[0].prompt == "40 synthetic vision tokens in 2 images"
     assert record.quality.kl_mean is None
     assert record.arms.pruned.ttft_s is None, "nothing was preprocessed, so TTFT is not known"
     assert record.arms.pruned.prefill_s > 0

@@ -13,6 +13,7 @@ from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.profiling.records import from_json
 from plphp_cli.profiling.state import DummyPlan, Question
+from plphp_cli.reports.profile_text import plural
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import RecordError
 
@@ -163,7 +164,8 @@ def dummy_questions(plan: DummyPlan, image: object, prompt: object, data: object
             "--dummy-weights takes no --image, --prompt or --data: its prompt is synthetic",
             hint="say its size with --vision-tokens and --images",
         )
-    return (Question((), f"{plan.vision_tokens} synthetic vision tokens in {plan.images} images"),)
+    tokens, images = plural(plan.vision_tokens, "synthetic vision token"), plural(plan.images, "image")
+    return (Question((), f"{tokens} in {images}"),)
 
 
 def check_no_shape(name: str) -> None:

@@ -274,11 +274,9 @@ def _speed(record: ProfileRecord) -> str:
     if decode is None:
         return "Decode speed could not be compared."
     if decode.low is None or decode.high is None:
-        pairs = plural(len(decode.samples), "pair")
-        return (
-            f"Decoding at {format_ratio(decode.median)} the unpruned speed: {pairs} of samples are too few "
-            "for a verdict."
-        )
+        count = len(decode.samples)
+        few = "1 pair of samples is" if count == 1 else f"{plural(count, 'pair')} of samples are"
+        return f"Decoding at {format_ratio(decode.median)} the unpruned speed: {few} too few for a verdict."
     interval = (
         f"{format_ratio(decode.median)}, interval {format_ratio(decode.low)} to {format_ratio(decode.high)}"
     )
