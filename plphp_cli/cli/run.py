@@ -211,6 +211,8 @@ def _finish(
     if json_target == "-":
         write_stdout(to_json(record))
     console = stderr_console()
+    for note in session.compile_notes():
+        say(f"note: {note}")
     if session.started:
         colour = console.color_system is not None and not console.no_color
         print_lines(run_report(record, console.width, colour), console)

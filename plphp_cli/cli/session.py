@@ -230,13 +230,14 @@ class RunSession:
             notes=(
                 *(() if loaded is None else loaded.warnings),
                 *(() if prompt is None else prompt.notes),
-                *self._compile_notes(),
+                *self.compile_notes(),
                 *notes,
             ),
             interrupted=interrupted,
         )
 
-    def _compile_notes(self) -> list[str]:
+    def compile_notes(self) -> list[str]:
+        """What came of compiling; nothing where it was not asked for."""
         if self._compiler is None:
             return []
         # A run decodes four times at most, its warm-ups included.

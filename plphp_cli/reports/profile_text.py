@@ -105,7 +105,9 @@ def way_of_decoding(record: ProfileRecord) -> list[str]:
             "N/A; scores of random weights say nothing, so rates are given and gamma is N/A."
         )
     if record.compiled is not None:
-        found.append(f"Of the tool's arms: {compiled_steps(record.compiled)}.")
+        told = compiled_steps(record.compiled)
+        stock = "" if record.arms.stock is None else " Stock's steps are not compiled."
+        found.append(f"{told[:1].upper()}{told[1:]}.{stock}")
     return found
 
 
