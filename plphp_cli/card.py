@@ -136,10 +136,12 @@ def describe(
     """
     if context is not None and context < 1:
         raise UsageError(f"context = {context}; expected 1 or more tokens")
+    from plphp_cli.models import LoadOptions
     from plphp_cli.models.choices import choose_device, choose_dtype
     from plphp_cli.models.loading import quiet, read_config
     from plphp_cli.models.sources import locate, read_config_json
 
+    LoadOptions(dtype=dtype, device=device).check()
     source = locate(name)
     config_json = read_config_json(source)
     with quiet():
@@ -294,7 +296,8 @@ def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_byte
 
     from plphp_cli.images import LoadedImage
     from plphp_cli.models import LoadedModel, prepare
-    from plphp_cli.models.loading import first_line, read_processor
+    from plphp_cli.models.failures import first_line
+    from plphp_cli.models.loading import read_processor
 
     width, height = size
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plphp_cli.errors import DeviceMemoryError, ModelError
+from plphp_cli.models.sources import Source, again
 from plphp_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _SMALLER = "use --dtype bfloat16, --quantize 4bit, or a smaller model"
 
 
-def needed_bytes(files: Iterable[Path], name: str, dtype: "torch.dtype | None" = None) -> int:
+def needed_bytes(files: Iterable[Path], source: Source, dtype: "torch.dtype | None" = None) -> int:
     """Bytes that the weights take once they are loaded.
 
     Args:
         files: in safetensors.
-        name: of the model, for messages.
+        source: the model, for messages.
         dtype: that floating point weights are loaded in; None for that of the files.
 
     Raises:
@@ -31,7 +32,7 @@ def needed_bytes(files: Iterable[Path], name: str, dtype: "torch.dtype | None" =
     """
     total = 0
     for file in files:
-        for kind, shape, stored in _tensors(file, name):
+        for kind, shape, stored in _tensors(file, source):
             cast = dtype is not None and kind in _FLOATS
             total += math.prod(shape) * dtype.itemsize if cast and dtype is not None else stored
     return total
@@ -53,19 +54,19 @@ def check_host_memory(needed: int, name: str) -> None:
         )
 
 
-def _tensors(file: Path, name: str) -> Iterator[tuple[str, list[int], int]]:
+def _tensors(file: Path, source: Source) -> Iterator[tuple[str, list[int], int]]:
     """Kind, shape and stored bytes of each tensor. Raises `ModelError` if the file is not whole."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
         if start == b"version ":
             raise ModelError(
-                f"{file.name} of {name} is a Git LFS pointer, not the weights",
+                f"{file.name} of {source.name} is a Git LFS pointer, not the weights",
                 hint="run `git lfs pull` in the folder",
             )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size):
-            raise _corrupted(file, name, f"{size} bytes without a header")
+            raise _corrupted(file, source, f"{size} bytes without a header")
         header = opened.read(length)
     try:
         entries = json.loads(header)
@@ -76,12 +77,14 @@ def _tensors(file: Path, name: str) -> Iterator[tuple[str, list[int], int]]:
         ]
         end = max((int(offsets[1]) for _, _, offsets in found), default=0)
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise _corrupted(file, name, "its header cannot be read") from error
+        raise _corrupted(file, source, "its header cannot be read") from error
     if 8 + length + end != size:
-        raise _corrupted(file, name, f"it has {size} bytes, {8 + length + end} are expected")
+        raise _corrupted(file, source, f"it has {size} bytes, {8 + length + end} are expected")
     for kind, shape, offsets in found:
         yield kind, shape, int(offsets[1]) - int(offsets[0])
 
 
-def _corrupted(file: Path, name: str, why: str) -> ModelError:
-    return ModelError(f"the weights of {name} are corrupted: {file.name}: {why}", hint="fetch them again")
+def _corrupted(file: Path, source: Source, why: str) -> ModelError:
+    return ModelError(
+        f"the weights of {source.name} are corrupted: {file.name}: {why}", hint=again(source, file.name)
+    )
