@@ -31,7 +31,7 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image of a size takes; counts are None where `unknown` says why."""
+    """What one image of a size takes; counts are None where `unknown` says why, and `hint` what to do."""
 
     width: int
     height: int
@@ -39,6 +39,7 @@ class ImageCost:
     prompt_tokens: int | None = None
     kv_bytes: int | None = None
     unknown: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class ModelCard:
         layers: decoder layers by kind: `full` are pruned, `sliding` and `linear` left alone.
         kv_bytes_per_token: of all full-attention layers, keys and values of all heads.
         sliding_bytes_per_token: of all sliding layers, which hold at most `sliding_tokens`.
+        weights_state: how the weights lie on this machine, one of the words of `models.weights`.
         kv_share_of_step: cache of the context over what a step reads at that context.
         max_context: tokens that the model was made for.
         notes: what was assumed, in words.
@@ -93,6 +95,7 @@ class ModelCard:
     image: ImageCost
     fit: Fit
     kv_share_of_step: float
+    weights_state: str
     notes: tuple[str, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION
 
@@ -166,6 +169,7 @@ def _card(
     notes: list[str],
 ) -> ModelCard:
     from plphp_cli.models import decoder_weight_bytes
+    from plphp_cli.models.weights import DAMAGED, weights_state
     from plphp_cli.support import FULL, SLIDING, layer_kinds
 
     text = config.get_text_config(decoder=True)
@@ -179,7 +183,8 @@ def _card(
     window = getattr(text, "sliding_window", None) if sliding else None
     cache = full * context + sliding * (context if window is None else min(context, window - 1))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    stored = known(lambda: _stored_bytes(source.folder))
+    lie = weights_state(source)
+    stored = None if lie.state == DAMAGED else known(lambda: _stored_bytes(source.folder))
     step = decoder_weight_bytes(SimpleNamespace(model=model)) // 4 * width  # type: ignore[arg-type]
     needed = weights * width
     if getattr(config, "quantization_config", None) is not None:
@@ -188,6 +193,10 @@ def _card(
         needed, step = stored or needed, step * (stored or needed) // needed
     if SLIDING in kinds or len(set(kinds)) > 1:
         notes.append("only the full-attention layers are pruned; the others keep what they hold")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        notes.append("it caps its attention logits, which sdpa does not compute: run it with --attn eager")
+    if lie.note is not None:
+        notes.append(lie.note)
     family = families.find(config.model_type)
     assert family is not None  # `check_model` refuses all others
     one = next(_layer_configs(text, kinds, FULL))
@@ -213,6 +222,7 @@ def _card(
         image=_image_cost(source, config, image_size, full),
         fit=_fit(where, needed, cache, context),
         kv_share_of_step=cache / (cache + step),
+        weights_state=lie.state,
         notes=tuple(notes),
     )
 
@@ -313,8 +323,7 @@ def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_byte
         blank = LoadedImage(Image.new("RGB", size, "white"), "blank", size, (), "")
         prompt = prepare(loaded, [blank], "Describe the image.")
     except PLPHPError as error:
-        why = error.message if error.hint is None else f"{error.message} ({error.hint})"
-        return ImageCost(width, height, unknown=why)
+        return ImageCost(width, height, unknown=error.message, hint=error.hint)
     except Exception as error:  # noqa: BLE001  (a processor that fails must not cost the rest of the card)
         return ImageCost(width, height, unknown=f"{type(error).__name__}: {first_line(error)}")
     tokens = prompt.vision_tokens

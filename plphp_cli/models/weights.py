@@ -1,13 +1,17 @@
-"""What weight files hold, read from their headers: whether they are whole, and the memory that they need."""
+"""What weight files hold, read from their headers: whether they are whole, and the memory that they need.
+
+Importing it does not import torch or transformers.
+"""
 
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plphp_cli.errors import DeviceMemoryError, ModelError
-from plphp_cli.models.sources import Source, again
+from plphp_cli.models.sources import Source, again, weight_files
 from plphp_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -16,7 +20,54 @@ if TYPE_CHECKING:
 # A longer header is no header: safetensors' own limit.
 _MAX_HEADER = 100_000_000
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# How a model's weights lie on this machine.
+WHOLE, ABSENT, PARTIAL, DAMAGED, FOREIGN = "whole", "none here", "in part", "damaged", "no safetensors"
 _SMALLER = "use --dtype bfloat16, --quantize 4bit, or a smaller model"
+
+
+@dataclass(frozen=True)
+class WeightsState:
+    """How a model's weights lie on this machine, in a word, and what is wrong with them and what to do."""
+
+    state: str
+    problem: str | None = None
+    hint: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """The problem and what to do about it, in one sentence; None for weights that are whole."""
+        return f"{self.problem} ({self.hint})" if self.hint else self.problem
+
+
+def weights_state(source: Source) -> WeightsState:
+    """How a model's weights lie on this machine: names, sizes and headers are read, the weights are not."""
+    try:
+        files = weight_files(source)
+    except ModelError as error:
+        state, problem = _lacking(source), error.message
+        if source.revision is None or state == FOREIGN:
+            return WeightsState(state, problem, error.hint)
+        problem = f"the weights of {source.name} are not here yet" if state == ABSENT else problem
+        return WeightsState(state, problem, f"`plphp run --model {source.name}` fetches what is missing")
+    try:
+        needed_bytes(files, source)
+    except ModelError as error:
+        return WeightsState(DAMAGED, error.message, error.hint)
+    except OSError as error:
+        return WeightsState(DAMAGED, f"the weights of {source.name} cannot be read: {error.strerror}")
+    return WeightsState(WHOLE)
+
+
+def _lacking(source: Source) -> str:
+    """How weights of which not every file is there lie here."""
+    folder = source.folder
+    if any(path.is_file() for path in folder.glob("*.safetensors")):
+        return PARTIAL
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return FOREIGN
+    # Beside the snapshots: what a download left that broke off.
+    begun = source.revision is not None and any((folder.parent.parent / "blobs").glob("*.incomplete"))
+    return PARTIAL if begun else ABSENT
 
 
 def needed_bytes(files: Iterable[Path], source: Source, dtype: "torch.dtype | None" = None) -> int:
