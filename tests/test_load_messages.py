@@ -46,6 +46,26 @@ def test_a_tokenizer_that_is_json_and_no_tokenizer_is_named(broken: Path) -> Non
         models.load(str(broken), device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        (["processor_config.json"], "image processor"),
+        (["tokenizer.json", "tokenizer_config.json"], "tokenizer"),
+        (
+            ["processor_config.json", "tokenizer.json", "tokenizer_config.json"],
+            "tokenizer and image processor",
+        ),
+    ],
+)
+def test_missing_files_of_the_processor_are_told_by_part(broken: Path, files: list[str], part: str) -> None:
+    for name in files:
+        (broken / name).unlink()
+    with pytest.raises(ModelError) as caught:
+        models.load(str(broken), device="cpu")
+    assert caught.value.message == f"{broken} lacks its processor's files ({part})"
+    assert "save_pretrained" in str(caught.value.hint)
+
+
 def test_a_broken_file_of_a_hub_model_is_fetched_past_the_cache() -> None:
     hint = again(Source("org/toy", Path("x"), "abc"), "tokenizer.json")
     assert hint.endswith("hf download org/toy tokenizer.json --revision abc --force-download")

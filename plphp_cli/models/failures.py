@@ -10,6 +10,11 @@ from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.sources import Source, again
 from plphp_cli.units import format_bytes
 
+# Files of which a processor's part needs at least one.
+_FILES = {
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
 SAME_MODEL = "config.json and the weights must come from the same model"
 
 
@@ -37,10 +42,21 @@ def processor_error(source: Source, error: BaseException) -> ModelError:
     if (broken := _broken_file(source)) is not None:
         file, why = broken
         return ModelError(f"{file} of {source.name} is broken: {why}", hint=again(source, file))
+    lacking = [
+        part for part, names in _FILES.items() if not any((source.folder / name).is_file() for name in names)
+    ]
+    if lacking:
+        return lacks_files(source, lacking)
     return ModelError(
-        f"the processor of {source.name} cannot be loaded: {first_line(error)}",
+        f"the processor of {source.name} cannot be loaded: {first_line(error)[:200]}",
         hint="its files may be missing: save the processor into the same folder",
     )
+
+
+def lacks_files(source: Source, parts: list[str]) -> ModelError:
+    """For a processor of which parts (`tokenizer`, `image processor`) are not there."""
+    hint = "save the processor into the same folder: processor.save_pretrained(folder)"
+    return ModelError(f"{source.name} lacks its processor's files ({' and '.join(parts)})", hint=hint)
 
 
 def _broken_file(source: Source) -> tuple[str, str] | None:

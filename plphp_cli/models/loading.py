@@ -17,7 +17,14 @@ from plphp_cli.models.choices import (
     choose_dtype,
     set_attention,
 )
-from plphp_cli.models.failures import SAME_MODEL, first_line, model_error, own_code_fails, processor_error
+from plphp_cli.models.failures import (
+    SAME_MODEL,
+    first_line,
+    lacks_files,
+    model_error,
+    own_code_fails,
+    processor_error,
+)
 from plphp_cli.models.hub import offline
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.options import DEFAULTS, LoadOptions
@@ -231,10 +238,7 @@ def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
         raise processor_error(source, error) from error
     lacking = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
     if lacking:
-        raise ModelError(
-            f"{source.name} lacks its processor's files ({' and '.join(lacking).replace('_', ' ')})",
-            hint="save the processor into the same folder: processor.save_pretrained(folder)",
-        )
+        raise lacks_files(source, [part.replace("_", " ") for part in lacking])
     _check_processor_args(processor, options, source.name)
     return processor
 
