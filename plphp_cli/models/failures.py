@@ -42,9 +42,8 @@ def processor_error(source: Source, error: BaseException) -> ModelError:
     if (broken := _broken_file(source)) is not None:
         file, why = broken
         return ModelError(f"{file} of {source.name} is broken: {why}", hint=again(source, file))
-    lacking = [
-        part for part, names in _FILES.items() if not any((source.folder / name).is_file() for name in names)
-    ]
+    there = {path.name for path in source.folder.glob("*") if path.is_file()}
+    lacking = [part for part, names in _FILES.items() if not there.intersection(names)]
     if lacking:
         return lacks_files(source, lacking)
     return ModelError(

@@ -77,7 +77,7 @@ def _facts(card: ModelCard) -> list[tuple[str, str]]:
 
 def _clause(reason: str, name: str) -> str:
     """The beginning of a message, without the model's name, that fits into a cell."""
-    short = reason.replace(f" of {name}", "").removeprefix(f"{name} ").partition(": ")[0]
+    short = reason.replace(f" of {name}", "").removeprefix(f"{name} ").partition(": ")[0].partition(" (")[0]
     return short if len(short) <= _CELL else f"{short[: _CELL - 3]}..."
 
 
@@ -87,7 +87,7 @@ def _image_note(card: ModelCard) -> list[str]:
     if image.unknown is None:
         return []
     why = image.unknown if len(image.unknown) <= _LONGEST else f"{image.unknown[: _LONGEST - 3]}..."
-    return [f"vision tokens are not known: {why}" + (f" ({image.hint})" if image.hint else "")]
+    return [f"vision tokens are not known: {why}" + (f": {image.hint}" if image.hint else "")]
 
 
 def _stored(card: ModelCard) -> str:
