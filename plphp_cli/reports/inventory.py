@@ -24,8 +24,10 @@ def inventory_report(inventory: Inventory, width: int) -> str:
         apart = "yes" if family.images_told_apart else "partly"
         rows.append((family.title, types, family.traits, apart, "vision" if family.torchvision else "-"))
     room = max(width, 76) - len("per image") - len("vision") - 8
-    names = max(17, room * 3 // 10)  # `llava_next_video*`
-    widths = [names, names, room - 2 * names, len("per image"), len("vision")]
+    kinds = max(len(name) + 1 for family in inventory.families for name in family.types)
+    names = max(17, room * 3 // 10)
+    kinds = max(kinds, names)
+    widths = [names, kinds, room - names - kinds, len("per image"), len("vision")]
     lines = [rule("families", width), *table(rows, widths), ""]
     lines += [*paragraph(_INVARIANTS, width), *paragraph(_APART, width)]
     here = "not installed here" if inventory.torchvision is None else f"{inventory.torchvision} here"
