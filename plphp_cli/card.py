@@ -62,6 +62,7 @@ class ModelCard:
     """What a model's config tells.
 
     Attributes:
+        family: None for a type on which pruning is not proven.
         parameters: of the whole model; `weight_bytes` of them in `dtype`.
         stored_bytes: of the weight files, where that is known without them.
         step_bytes: of weights that a decoding step reads.
@@ -77,7 +78,7 @@ class ModelCard:
     name: str
     revision: str | None
     model_type: str
-    family: str
+    family: str | None
     brief: bool
     parameters: int
     dtype: str
@@ -198,14 +199,17 @@ def _card(
     if lie.note is not None:
         notes.append(lie.note)
     family = families.find(config.model_type)
-    assert family is not None  # `check_model` refuses all others
+    if family is None:
+        notes.append(
+            f"pruning is not proven on model type {config.model_type}; its config tells nothing against it"
+        )
     one = next(_layer_configs(text, kinds, FULL))
     return ModelCard(
         name=source.name,
         revision=source.revision,
         model_type=config.model_type,
-        family=family.title,
-        brief=config.model_type in family.brief,
+        family=None if family is None else family.title,
+        brief=family is not None and config.model_type in family.brief,
         parameters=weights,
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=needed,

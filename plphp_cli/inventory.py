@@ -74,10 +74,12 @@ class RefusedType:
 class Inventory:
     """The families, and the models in the local hub cache.
 
-    `refused` is by name, whatever a config says; `refused_types` are all others, where they were asked for.
+    `assumptions` are what models are refused for; `refused` is by name, whatever a config says;
+    `refused_types` are all that are refused, where they were asked for.
     """
 
     families: tuple[FamilyRow, ...]
+    assumptions: tuple[str, ...]
     refused: dict[str, str]
     cache_folder: str
     cached: tuple[CachedModel, ...]
@@ -107,6 +109,7 @@ def take_inventory(with_refused_types: bool = False) -> Inventory:
     cached = tuple(_cached(folder, name) for name in cached_models())
     return Inventory(
         rows,
+        tuple(map(str, families.Assumption)),
         dict(families.REFUSED),
         str(folder),
         cached,

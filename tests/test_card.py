@@ -216,7 +216,7 @@ def test_a_refused_type_says_why(tmp_path, capsys):
     Florence2Config().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         describe(str(tmp_path))
-    assert main(["models", str(tmp_path)]) == 1
+    assert main(["models", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from plphp_cli import parallel
+from plphp_cli import families, parallel
 from plphp_cli.errors import ModelError, PLPHPError, UsageError
 from plphp_cli.models.choices import (
     attention_to_load,
@@ -136,6 +136,11 @@ def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> 
         found.append(f"the model is spread: {spread}")
     if options.trust_remote_code and config_json.get("auto_map"):
         found.append("the model runs code of its own, on which pruning is not proven")
+    elif families.find(model.config.model_type) is None:
+        found.append(
+            f"pruning is not proven on model type {model.config.model_type}: all that its config tells is as "
+            "the method assumes; `plphp profile --compare-stock` compares with plain generation"
+        )
     return tuple(found)
 
 
@@ -194,7 +199,7 @@ def read_config(source: Source, config_json: dict[str, Any], trusted: bool = Fal
             f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
             hint="fetch or save the model again",
         ) from error
-    check_model(config, proven=not own_code)
+    check_model(config)
     return config
 
 

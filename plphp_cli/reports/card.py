@@ -46,9 +46,10 @@ def _facts(card: ModelCard) -> list[tuple[str, str]]:
     image = card.image
     proof = "fewer settings, without the real processor" if card.brief else "all settings"
     size = f"{image.width}x{image.height}"
+    family = "none, and not proven" if card.family is None else f"{card.family}; proven on {proof}"
     facts = [
         ("model type", card.model_type),
-        ("family", f"{card.family}; proven on {proof}"),
+        ("family", family),
         ("parameters", _count(card.parameters)),
         ("weights", f"{format_bytes(card.weight_bytes)} in {card.dtype}{_stored(card)}"),
         ("  read per step", format_bytes(card.step_bytes)),

@@ -15,11 +15,8 @@ _APART = (
 )
 _EXTRA = "extra: `vision` where the processor needs torchvision: pip install 'plphp-cli[vision]'"
 _REFUSED = (
-    "Encoder-decoders; vision by cross-attention; configs that name no image token; latent attention (MLA); "
-    "layers that share keys and values; chunked attention and other layers that are neither full, sliding "
-    "nor linear; no full-attention layer at all; and what no family is proven on. `plphp models --refused` "
-    "names every type with its reason, `plphp models NAME` that of one model. By name, whatever the config "
-    "says:"
+    "A model is refused by the assumption of the method that fails on it. `plphp models --refused` names "
+    "every type with its reason, `plphp models NAME` that of one model."
 )
 
 
@@ -31,8 +28,10 @@ def inventory_report(inventory: Inventory, width: int) -> str:
         apart = "yes" if family.images_told_apart else "partly"
         rows.append((family.title, types, family.traits, apart, "vision" if family.torchvision else "-"))
     room = max(width, 76) - len("per image") - len("vision") - 8
-    names = max(17, room * 3 // 10)  # `llava_next_video*`
-    widths = [names, names, room - 2 * names, len("per image"), len("vision")]
+    kinds = max(len(name) + 1 for family in inventory.families for name in family.types)
+    names = max(17, room * 3 // 10)
+    kinds = max(kinds, names)
+    widths = [names, kinds, room - names - kinds, len("per image"), len("vision")]
     lines = [rule("families", width), *table(rows, widths), ""]
     lines += [*paragraph(_INVARIANTS, width), *paragraph(_APART, width)]
     here = "not installed here" if inventory.torchvision is None else f"{inventory.torchvision} here"
@@ -46,7 +45,9 @@ def _refused(inventory: Inventory, width: int) -> list[str]:
     """Every refused type where they are known, by reason; else the kinds of models that are refused."""
     if inventory.refused_types is None:
         lines = [rule("refused, before any weights are fetched", width), *paragraph(_REFUSED, width)]
-        return [*lines, *pairs(list(inventory.refused.items()), width)]
+        for assumption in inventory.assumptions:
+            lines += paragraph(f"- {assumption}", width, "  ")
+        return [*lines, "By name, whatever the config says:", *pairs(list(inventory.refused.items()), width)]
     by_reason: dict[str, list[str]] = {}
     for each in inventory.refused_types:
         by_reason.setdefault(each.reason, []).append(each.model_type)
