@@ -74,7 +74,7 @@ class RefusedType:
 class Inventory:
     """The families, and the models in the local hub cache.
 
-    `refused` is by name, whatever a config says; `refused_types` are all others, where they were asked for.
+    `refused` is by name, whatever a config says; `refused_types` are all that are, where they were asked for.
     """
 
     families: tuple[FamilyRow, ...]
