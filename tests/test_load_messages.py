@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from plphp_cli import models
 from plphp_cli.cli.app import main
-from plphp_cli.errors import ModelError, UsageError
+from plphp_cli.errors import ImageError, ModelError, UsageError
 from plphp_cli.images import load_image
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.sources import Source, again
@@ -125,6 +125,14 @@ def test_a_processor_argument_of_a_wrong_kind_is_one_short_line(
         assert len(caught.value.message) < 140
         assert kinds in str(caught.value.hint)
         assert "NoneType" not in str(caught.value.hint)
+
+
+def test_what_the_processor_says_of_a_value_is_cut_short(loaded: models.LoadedModel, images) -> None:
+    given = dataclasses.replace(loaded, options=LoadOptions(processor_arg=("resample=99",)))
+    with pytest.raises(ImageError, match="refuses the prompt: .*99") as caught:
+        models.prepare(given, images[:1], "what?")
+    assert len(caught.value.message) < 200 + len(loaded.name)
+    assert caught.value.hint == "check --processor-arg resample=99"
 
 
 def test_no_hint_names_an_argument_that_the_processor_may_lack(loaded: models.LoadedModel) -> None:

@@ -47,7 +47,7 @@ def processor_error(source: Source, error: BaseException) -> ModelError:
     if lacking:
         return lacks_files(source, lacking)
     return ModelError(
-        f"the processor of {source.name} cannot be loaded: {first_line(error)[:200]}",
+        f"the processor of {source.name} cannot be loaded: {beginning(error)}",
         hint="its files may be missing: save the processor into the same folder",
     )
 
@@ -163,6 +163,12 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def beginning(error: BaseException, most: int = 160) -> str:
+    """`first_line`, where another library goes on at length: its first characters."""
+    line = first_line(error)
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -23,7 +23,7 @@ from plphp_cli.models.conversation import (
     is_placed,
     messages,
 )
-from plphp_cli.models.failures import first_line
+from plphp_cli.models.failures import beginning, first_line
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.loading import quiet
 from plphp_cli.prompt import Prompt
@@ -214,7 +214,7 @@ def _process(
         if loaded.options.processor_arg:
             hint = f"check --processor-arg {' '.join(loaded.options.processor_arg)}"
         raise ImageError(
-            f"the processor of {loaded.name} refuses the prompt: {first_line(error)}", hint=hint
+            f"the processor of {loaded.name} refuses the prompt: {beginning(error)}", hint=hint
         ) from error
 
 
