@@ -169,7 +169,8 @@ def hunyuan_vl(seed: int = 0) -> Family:
                 "image_grid_thw": torch.tensor(grids),
             }
         )
-    return Family("hunyuan_vl", randomised(model, seed), tuple(prompts))
+    # Older ones give the features of all images in one piece.
+    return Family("hunyuan_vl", randomised(model, seed), tuple(prompts), tells_images=False)
 
 
 def lfm3_vl(seed: int = 0) -> Family:
@@ -204,7 +205,8 @@ def minimax_m3_vl(seed: int = 0) -> Family:
         video_token_index=VIDEO,
         projector_hidden_size=64,
     )
-    return changed(in_patches("minimax_m3_vl", model, seed), untyped)
+    # Older ones give the features of all images in one piece.
+    return replace(changed(in_patches("minimax_m3_vl", model, seed), untyped), tells_images=False)
 
 
 def _muse(kind: str, seed: int, text: dict[str, Any], **more: Any) -> Family:
