@@ -1,4 +1,4 @@
-"""Rows of further types whose images are lists of patches with a grid each: one more or less than Qwen-VL.
+"""Rows of further types whose images are lists of patches with a grid, or a place, each.
 
 Each is made by its `model_type`, so that a transformers that lacks it lacks the row, and with two decoder
 layers, so that many types stay cheap.
@@ -28,6 +28,7 @@ from toys import (
 
 SHORT = {**TEXT, "num_hidden_layers": 2}
 MIXED = {**SHORT, **HYBRID, "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][:2], "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOWS = {**PATCHES, "window_size": 16, "fullatt_block_indexes": [1]}
 DEEPSTACK = {**PATCHES, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
@@ -168,7 +169,8 @@ def hunyuan_vl(seed: int = 0) -> Family:
                 "image_grid_thw": torch.tensor(grids),
             }
         )
-    return Family("hunyuan_vl", randomised(model, seed), tuple(prompts))
+    # Older ones give the features of all images in one piece.
+    return Family("hunyuan_vl", randomised(model, seed), tuple(prompts), tells_images=False)
 
 
 def lfm3_vl(seed: int = 0) -> Family:
@@ -203,7 +205,8 @@ def minimax_m3_vl(seed: int = 0) -> Family:
         video_token_index=VIDEO,
         projector_hidden_size=64,
     )
-    return changed(in_patches("minimax_m3_vl", model, seed), untyped)
+    # Older ones give the features of all images in one piece.
+    return replace(changed(in_patches("minimax_m3_vl", model, seed), untyped), tells_images=False)
 
 
 def _muse(kind: str, seed: int, text: dict[str, Any], **more: Any) -> Family:
@@ -295,6 +298,50 @@ def minicpm_ocr(seed: int = 0) -> Family:
     return _minicpm("minicpm_ocr", seed)
 
 
+def _gemma4(kind: str, seed: int, vision: dict[str, Any], tokens: int, width: int) -> Family:
+    """Full-attention layers have heads of another number and width than sliding ones."""
+    model = made(
+        kind,
+        vision_config={**vision, "patch_size": 4, "pooling_kernel_size": 2},
+        text_config={
+            **MIXED,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "use_bidirectional_attention": "vision",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 300,
+        },
+        **PLACEHOLDERS,
+        audio_token_id=293,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+    )
+    generator, prompts = torch.Generator().manual_seed(seed), []
+    for shapes in ([(4, 8), (8, 4)], [(8, 4)]):
+        places = [[(x, y) for y in range(height) for x in range(width)] for height, width in shapes]
+        ids = prompt_ids([tokens] * len(shapes), seed + len(prompts), ([VISION_START], [VISION_END]))
+        prompts.append(
+            {
+                "input_ids": ids,
+                "mm_token_type_ids": (ids == IMAGE).int(),
+                "pixel_values": torch.rand(len(shapes), 32, width, generator=generator),
+                "image_position_ids": torch.tensor(places),
+            }
+        )
+    return Family(kind, randomised(model, seed), tuple(prompts))
+
+
+def gemma4(seed: int = 0) -> Family:
+    tower = {key: value for key, value in {**TOWER, **HEADS}.items() if key != "image_size"}
+    return _gemma4("gemma4", seed, {**tower, "position_embedding_size": 64}, 8, 48)
+
+
+def gemma4_unified(seed: int = 0) -> Family:
+    vision = {"mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}
+    return _gemma4("gemma4_unified", seed, vision, 32, 192)
+
+
 ROWS = (
     glmga,
     cosmos3_omni,
@@ -315,4 +362,6 @@ ROWS = (
     minicpmv4_6,
     minicpmv4_7,
     minicpm_ocr,
+    gemma4,
+    gemma4_unified,
 )

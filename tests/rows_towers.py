@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rows_grids import MIXED, PLACEHOLDERS, SHORT, changed
+from rows_grids import HEADS, MIXED, PLACEHOLDERS, SHORT, changed
 from rows_idefics import in_tiles as in_one_stack
 from rows_llava import PINPOINTS, in_tiles, whole
 from toys import (
@@ -37,7 +37,6 @@ SAM = {
     "global_attn_indexes": [1],
     "mlp_dim": 32,
 }
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 
 
 def one_size(name: str, model: Any, seed: int) -> Family:
@@ -362,50 +361,6 @@ def apertus1p5(seed: int = 0) -> Family:
     return as_encoded("apertus1p5", model, seed, _sized([[32, 32], [16, 24]], [[24, 32]], seed))
 
 
-def _gemma4(kind: str, seed: int, vision: dict[str, Any], tokens: int, width: int) -> Family:
-    """Full-attention layers have heads of another number and width than sliding ones."""
-    model = made(
-        kind,
-        vision_config={**vision, "patch_size": 4, "pooling_kernel_size": 2},
-        text_config={
-            **MIXED,
-            "global_head_dim": 32,
-            "num_global_key_value_heads": 1,
-            "attention_k_eq_v": True,
-            "use_bidirectional_attention": "vision",
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 300,
-        },
-        **PLACEHOLDERS,
-        audio_token_id=293,
-        boi_token_id=VISION_START,
-        eoi_token_id=VISION_END,
-    )
-    generator, prompts = torch.Generator().manual_seed(seed), []
-    for shapes in ([(4, 8), (8, 4)], [(8, 4)]):
-        places = [[(x, y) for y in range(height) for x in range(width)] for height, width in shapes]
-        ids = prompt_ids([tokens] * len(shapes), seed + len(prompts), ([VISION_START], [VISION_END]))
-        prompts.append(
-            {
-                "input_ids": ids,
-                "mm_token_type_ids": (ids == IMAGE).int(),
-                "pixel_values": torch.rand(len(shapes), 32, width, generator=generator),
-                "image_position_ids": torch.tensor(places),
-            }
-        )
-    return Family(kind, randomised(model, seed), tuple(prompts))
-
-
-def gemma4(seed: int = 0) -> Family:
-    tower = {key: value for key, value in {**TOWER, **HEADS}.items() if key != "image_size"}
-    return _gemma4("gemma4", seed, {**tower, "position_embedding_size": 64}, 8, 48)
-
-
-def gemma4_unified(seed: int = 0) -> Family:
-    vision = {"mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}
-    return _gemma4("gemma4_unified", seed, vision, 32, 192)
-
-
 ROWS = (
     pp_chart2table,
     shieldgemma2,
@@ -425,6 +380,4 @@ ROWS = (
     chameleon,
     emu3,
     apertus1p5,
-    gemma4,
-    gemma4_unified,
 )

@@ -89,20 +89,21 @@ def test_law_on_kin(law, kin):
     law(kin if law in OF_TWO_PROMPTS else replace(kin, prompts=kin.prompts[:1]))
 
 
-def runs_of_images(ids):
-    """Lengths of the stretches of image tokens in a prompt [1, N]."""
-    return [len(run) for run in re.findall("1+", "".join("01"[token == IMAGE] for token in ids[0].tolist()))]
+def tokens_of_images(ids):
+    """Image tokens of each image in a prompt [1, N]: between two stands more than a single marker."""
+    shown = "".join("01"[token == IMAGE] for token in ids[0].tolist())
+    return [run.count("1") for run in re.findall("1(?:0?1)*", shown)]
 
 
-def test_the_tokens_of_each_image_are_told_apart_where_the_table_says_so(kin):
-    inputs = kin.prompts[0]
-    with prune(kin.model, None) as pruner:
-        spans = prefill(kin.loaded, as_prompt(inputs), pruner).state.vision.spans
-    assert len(runs_of_images(inputs["input_ids"])) > 1
-    if kin.tells_images:
-        assert [stop - start for start, stop in spans] == runs_of_images(inputs["input_ids"])
-    else:
-        assert spans is None
+@pytest.mark.parametrize("name", [name for name in (*ROWS, *RELATIVES, *KIN) if name != "builtin"])
+def test_the_tokens_of_each_image_are_told_apart_where_the_table_says_so(name):
+    row = load(name)
+    inputs = row.prompts[0]
+    with prune(row.model, None) as pruner:
+        spans = prefill(row.loaded, as_prompt(inputs), pruner).state.vision.spans
+    expected = tokens_of_images(inputs["input_ids"])
+    assert len(expected) > 1
+    assert (spans and [stop - start for start, stop in spans]) == (expected if row.tells_images else None)
 
 
 def test_each_proven_type_has_a_row_and_each_row_is_of_a_proven_type():
