@@ -129,7 +129,7 @@ def test_a_processor_argument_of_a_wrong_kind_is_one_short_line(
 
 def test_what_the_processor_says_of_a_value_is_cut_short(loaded: models.LoadedModel, images) -> None:
     given = dataclasses.replace(loaded, options=LoadOptions(processor_arg=("resample=99",)))
-    with pytest.raises(ImageError, match="refuses the prompt: .*99") as caught:
+    with pytest.raises(ImageError, match=r"refuses the prompt: .*99") as caught:
         models.prepare(given, images[:1], "what?")
     assert len(caught.value.message) < 200 + len(loaded.name)
     assert caught.value.hint == "check --processor-arg resample=99"
