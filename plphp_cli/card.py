@@ -31,7 +31,7 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image of a size takes; counts are None where `unknown` says why."""
+    """What one image of a size takes; counts are None where `unknown` says why, and `hint` what to do."""
 
     width: int
     height: int
@@ -39,6 +39,7 @@ class ImageCost:
     prompt_tokens: int | None = None
     kv_bytes: int | None = None
     unknown: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class ModelCard:
     """What a model's config tells.
 
     Attributes:
+        family: None for a type on which pruning is not proven.
         parameters: of the whole model; `weight_bytes` of them in `dtype`.
         stored_bytes: of the weight files, where that is known without them.
         step_bytes: of weights that a decoding step reads.
         layers: decoder layers by kind: `full` are pruned, `sliding` and `linear` left alone.
         kv_bytes_per_token: of all full-attention layers, keys and values of all heads.
         sliding_bytes_per_token: of all sliding layers, which hold at most `sliding_tokens`.
+        weights_state: how the weights lie on this machine, one of the words of `models.weights`.
         kv_share_of_step: cache of the context over what a step reads at that context.
         max_context: tokens that the model was made for.
         notes: what was assumed, in words.
@@ -75,7 +78,7 @@ class ModelCard:
     name: str
     revision: str | None
     model_type: str
-    family: str
+    family: str | None
     brief: bool
     parameters: int
     dtype: str
@@ -93,6 +96,7 @@ class ModelCard:
     image: ImageCost
     fit: Fit
     kv_share_of_step: float
+    weights_state: str
     notes: tuple[str, ...] = field(default=())
     schema_version: int = SCHEMA_VERSION
 
@@ -136,10 +140,12 @@ def describe(
     """
     if context is not None and context < 1:
         raise UsageError(f"context = {context}; expected 1 or more tokens")
+    from plphp_cli.models import LoadOptions
     from plphp_cli.models.choices import choose_device, choose_dtype
     from plphp_cli.models.loading import quiet, read_config
     from plphp_cli.models.sources import locate, read_config_json
 
+    LoadOptions(dtype=dtype, device=device).check()
     source = locate(name)
     config_json = read_config_json(source)
     with quiet():
@@ -164,6 +170,7 @@ def _card(
     notes: list[str],
 ) -> ModelCard:
     from plphp_cli.models import decoder_weight_bytes
+    from plphp_cli.models.weights import DAMAGED, weights_state
     from plphp_cli.support import FULL, SLIDING, layer_kinds
 
     text = config.get_text_config(decoder=True)
@@ -177,7 +184,8 @@ def _card(
     window = getattr(text, "sliding_window", None) if sliding else None
     cache = full * context + sliding * (context if window is None else min(context, window - 1))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    stored = known(lambda: _stored_bytes(source.folder))
+    lie = weights_state(source)
+    stored = None if lie.state == DAMAGED else known(lambda: _stored_bytes(source.folder))
     step = decoder_weight_bytes(SimpleNamespace(model=model)) // 4 * width  # type: ignore[arg-type]
     needed = weights * width
     if getattr(config, "quantization_config", None) is not None:
@@ -186,15 +194,22 @@ def _card(
         needed, step = stored or needed, step * (stored or needed) // needed
     if SLIDING in kinds or len(set(kinds)) > 1:
         notes.append("only the full-attention layers are pruned; the others keep what they hold")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        notes.append("it caps its attention logits, which sdpa does not compute: run it with --attn eager")
+    if lie.note is not None:
+        notes.append(lie.note)
     family = families.find(config.model_type)
-    assert family is not None  # `check_model` refuses all others
+    if family is None:
+        notes.append(
+            f"pruning is not proven on model type {config.model_type}; its config tells nothing against it"
+        )
     one = next(_layer_configs(text, kinds, FULL))
     return ModelCard(
         name=source.name,
         revision=source.revision,
         model_type=config.model_type,
-        family=family.title,
-        brief=config.model_type in family.brief,
+        family=None if family is None else family.title,
+        brief=family is not None and config.model_type in family.brief,
         parameters=weights,
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=needed,
@@ -211,6 +226,7 @@ def _card(
         image=_image_cost(source, config, image_size, full),
         fit=_fit(where, needed, cache, context),
         kv_share_of_step=cache / (cache + step),
+        weights_state=lie.state,
         notes=tuple(notes),
     )
 
@@ -294,7 +310,8 @@ def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_byte
 
     from plphp_cli.images import LoadedImage
     from plphp_cli.models import LoadedModel, prepare
-    from plphp_cli.models.loading import first_line, read_processor
+    from plphp_cli.models.failures import first_line
+    from plphp_cli.models.loading import read_processor
 
     width, height = size
     try:
@@ -310,8 +327,7 @@ def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_byte
         blank = LoadedImage(Image.new("RGB", size, "white"), "blank", size, (), "")
         prompt = prepare(loaded, [blank], "Describe the image.")
     except PLPHPError as error:
-        why = error.message if error.hint is None else f"{error.message} ({error.hint})"
-        return ImageCost(width, height, unknown=why)
+        return ImageCost(width, height, unknown=error.message, hint=error.hint)
     except Exception as error:  # noqa: BLE001  (a processor that fails must not cost the rest of the card)
         return ImageCost(width, height, unknown=f"{type(error).__name__}: {first_line(error)}")
     tokens = prompt.vision_tokens

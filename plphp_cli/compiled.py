@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from plphp_cli.errors import PLPHPError, UnsupportedError
 from plphp_cli.joined import HANDLE, JoinedLayer
-from plphp_cli.models.loading import first_line
+from plphp_cli.models.failures import first_line
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel

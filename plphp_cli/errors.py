@@ -34,6 +34,16 @@ class UnsupportedError(PLPHPError):
     """A model or generation feature under which pruning would not be right: refused by name."""
 
 
+class RefusedModelError(UnsupportedError):
+    """A model on which an assumption of the method fails; `assumption` is its name in `families`."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, assumption: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.assumption = assumption
+
+
 class NestedPruneError(PLPHPError):
     """A second `prune`, or a second generate call at the same time, on a model that is being pruned."""
 

@@ -250,7 +250,9 @@ def prefill(loaded: "LoadedModel", prompt: Prompt, pruner: Pruner, room: int | N
     parameters = inspect.signature(model.forward).parameters
     positions = None
     if "position_ids" in parameters:
-        positions = model._prepare_position_ids_for_generation(ids, dict(inputs))
+        # Qwen's omni models take a prompt without a mask for one without images.
+        given = {**inputs, "attention_mask": torch.ones_like(ids)}
+        positions = model._prepare_position_ids_for_generation(ids, given)
     with _arguments_named(loaded):
         inputs = encode_images(model, inputs)
         pruner.room, pruner.image_tokens = room, prompt.image_tokens

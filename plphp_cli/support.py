@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -12,42 +12,35 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from plphp_cli import families
 from plphp_cli.cache import given_cache
-from plphp_cli.errors import UnsupportedError
-from plphp_cli.vision import IMAGE_TOKEN_NAMES, image_token_id
+from plphp_cli.errors import RefusedModelError, UnsupportedError
+from plphp_cli.families import Assumption
+from plphp_cli.vision import image_token_id, no_image_token
 
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
 _KINDS = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING, LinearAttentionLayer: LINEAR}
 
 
-def check_model(config: Any, proven: bool = True) -> families.Family | None:
-    """The family of a model, from its config alone; refused unless the invariants are proven on it.
+def check_model(config: Any) -> families.Family | None:
+    """The family of a model, from its config alone; None where none is proven, but all assumptions hold.
 
     Args:
         config: the whole model's config.
-        proven: refuse what is not among the families proven; without it None is returned for those.
 
     Raises:
-        UnsupportedError: the assumption that fails, in one sentence: how its layers attend and cache, which
-            token stands for its images, or that its type is not among the families proven.
+        RefusedModelError: the assumption that fails: how its layers attend and cache, which token stands for
+            its images, or what its type is known to lack.
     """
     families.refuse_type(config)
     layer_kinds(config)
-    model = type(config).__name__
     if image_token_id(config) is None:
-        raise UnsupportedError(
-            f"{model} names no image token, so vision tokens cannot be told from text",
-            hint=f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config",
-        )
-    family = families.find(config.model_type)
-    if family is None and proven:
-        raise UnsupportedError(
-            f"model type {config.model_type} is not among those that pruning is proven to be right on",
-            hint="`plphp models` lists them; in Python, `prune(model, ...)` tries it unproven",
-        )
-    return family
+        raise no_image_token(config)
+    if not prepares_positions(config):
+        raise families.refusal(config, Assumption.POSITIONS, hint="a newer transformers may do so")
+    return families.find(config.model_type)
 
 
 def layer_kinds(config: Any) -> tuple[str, ...]:
@@ -57,40 +50,60 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
         config: the whole model's config.
 
     Raises:
-        UnsupportedError: an encoder-decoder; latent, shared, cross- or chunked attention; no full layer at
+        RefusedModelError: an encoder-decoder; latent, shared, cross- or chunked attention; no full layer at
         all; layers that transformers' cache cannot lay out.
     """
     text = config.get_text_config(decoder=True)
-    model = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{model}: an encoder-decoder, whose vision tokens are not in the decoder's cache"
-        )
+        raise families.refusal(config, Assumption.ENCODER_DECODER)
     if _in_any_layer(text, "kv_lora_rank"):
-        raise UnsupportedError(
-            f"{model}: latent attention (MLA), whose cache has no keys and values per head"
-        )
-    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
-        raise UnsupportedError(f"{model}: layers that share keys and values")
-    if getattr(text, "cross_attention_layers", None):
-        raise UnsupportedError(
-            f"{model}: cross-attention, whose vision tokens are not in the decoder's cache"
-        )
+        raise families.refusal(config, Assumption.LATENT)
+    # Where a layer only stores what others elsewhere may read, each still has a cache of its own.
+    if getattr(text, "num_kv_shared_layers", 0) or "reuse" in (getattr(text, "kv_sharing_modes", None) or ()):
+        raise families.refusal(config, Assumption.SHARED)
+    if getattr(text, "cross_attention_layers", None) or hasattr(config, "cross_layer_interval"):
+        raise families.refusal(config, Assumption.CROSS_ATTENTION)
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        raise UnsupportedError(f"{model}: chunked attention")
+        raise families.refusal(config, Assumption.LAYOUT, "chunked attention")
     try:
         layers = DynamicCache(config=text).layers
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnsupportedError(
-            f"{model}: transformers' cache cannot lay out its layers ({type(error).__name__}: {error})"
-        ) from error
+        why = f"transformers' cache cannot lay them out: {type(error).__name__}: {error}"
+        raise families.refusal(config, Assumption.LAYOUT, why) from error
     for layer in layers:
         if type(layer) not in _KINDS:
-            raise UnsupportedError(f"{model}: layers cached as {type(layer).__name__}")
+            raise families.refusal(config, Assumption.LAYOUT, f"cached as {type(layer).__name__}")
     kinds = tuple(_KINDS[type(layer)] for layer in layers)
     if FULL not in kinds:
-        raise UnsupportedError(f"{model}: no full-attention layer, so there is no vision cache to prune")
+        raise _no_full_layer(config, text, kinds)
     return kinds
+
+
+def _no_full_layer(config: Any, text: Any, kinds: tuple[str, ...]) -> RefusedModelError:
+    """The refusal of a decoder none of whose layers sees the whole prompt."""
+    window = getattr(text, "sliding_window", None)
+    if set(kinds) != {SLIDING} or window is None:
+        return families.refusal(config, Assumption.NO_FULL, f"all are {' or '.join(sorted(set(kinds)))}")
+    hint = None
+    if not getattr(text, "layer_types", None):
+        hint = (
+            'a copy whose config.json says `"sliding_window": null` in its text_config computes the same '
+            f"as long as prompt and answer stay within {window} tokens"
+        )
+    why = f"its config sets sliding_window = {window}, which holds for all layers"
+    return families.refusal(config, Assumption.NO_FULL, why, hint)
+
+
+def prepares_positions(config: Any) -> bool:
+    """Whether `generate` works out multimodal positions, where the model has any; its class tells.
+
+    The decode engine keeps them with each prompt; a forward that works them out keeps them with the model.
+    """
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    name = "_prepare_position_ids_for_generation"
+    return not hasattr(kind, "get_rope_index") or getattr(kind, name, None) is not getattr(
+        GenerationMixin, name, None
+    )
 
 
 def _in_any_layer(text: Any, name: str) -> bool:

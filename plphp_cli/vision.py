@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plphp_cli import families
-from plphp_cli.errors import ImageError, UnsupportedError
+from plphp_cli.errors import ImageError, RefusedModelError, UnsupportedError
 from plphp_cli.pruning import Span
 
 # Where the families' configs say which id stands for one vision token of an image, and of a video.
@@ -45,6 +45,12 @@ class VisionTokens:
 def image_token_id(config: Any) -> int | None:
     """The id that stands for one vision token in a prompt; None if the model's config names none."""
     return _first_id(config, IMAGE_TOKEN_NAMES)
+
+
+def no_image_token(config: Any) -> RefusedModelError:
+    """The error for a config that names no image token."""
+    hint = f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config"
+    return families.refusal(config, families.Assumption.IMAGE_TOKEN, hint=hint)
 
 
 def image_encoder(model: nn.Module) -> Callable[..., Any] | None:
@@ -101,10 +107,7 @@ def find_vision_tokens(
     ids = inputs["input_ids"][0]
     token = image_token_id(config)
     if token is None:
-        raise UnsupportedError(
-            f"{type(config).__name__} names no image token, so vision tokens cannot be told from text",
-            hint=f"expected one of {', '.join(IMAGE_TOKEN_NAMES)} in the model's config",
-        )
+        raise no_image_token(config)
     video = _first_id(config, _VIDEO_TOKEN_NAMES)
     # Some families spell a video's frames with the image token: its pixels tell.
     shown = video is not None and video != token and bool((ids == video).any())
@@ -113,9 +116,10 @@ def find_vision_tokens(
             "the prompt holds video tokens; only images are pruned", hint="pass frames as images"
         )
     positions = (ids == token).nonzero().squeeze(-1)
-    features = getattr((inputs.get(_ENCODED) or {}).get("image"), "pooler_output", None)
-    if features is None and inputs.get(_PIXELS) is not None:
-        # The model encodes its images itself, and checks their number itself.
+    encoded = (inputs.get(_ENCODED) or {}).get("image")
+    features = getattr(encoded, "pooler_output", None)
+    if features is None and (encoded is not None or inputs.get(_PIXELS) is not None):
+        # The model encodes its images itself, or tells nothing of each; it checks their number itself.
         return VisionTokens(positions, None)
     counts = [image.shape[:-1].numel() for image in features] if features is not None else []
     if sum(counts) != positions.numel():

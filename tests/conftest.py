@@ -12,7 +12,12 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, table in (("family", "FAMILIES"), ("specimen", "KINDS"), ("relative", "RELATIVES")):
+    for fixture, table in (
+        ("family", "FAMILIES"),
+        ("specimen", "KINDS"),
+        ("relative", "RELATIVES"),
+        ("kin", "KIN"),
+    ):
         if fixture in metafunc.fixturenames:
             import families
 
@@ -34,6 +39,12 @@ def specimen(request):
 @pytest.fixture
 def relative(request):
     """One type that shares its parts with a family."""
+    return _load(request)
+
+
+@pytest.fixture
+def kin(request):
+    """One of the further types that the method is held to on a single prompt."""
     return _load(request)
 
 

@@ -9,14 +9,30 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import rows_grids
 import rows_idefics
 import rows_llava
 import rows_more
 import rows_qwen
+import rows_towers
 import torch
 from toys import IMAGE, VIDEO, Family, as_prompt, prompt_ids
+from transformers import CONFIG_MAPPING
 
-__all__ = ["FAMILIES", "IMAGE", "KINDS", "RELATIVES", "VIDEO", "Family", "as_prompt", "load", "prompt_ids"]
+from plphp_cli.support import prepares_positions
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "KIN",
+    "KINDS",
+    "RELATIVES",
+    "VIDEO",
+    "Family",
+    "as_prompt",
+    "load",
+    "prompt_ids",
+]
 
 FEW = ("cut", "everything goes", "random")
 BUILTIN = Path(__file__).parents[1] / "plphp_cli" / "builtin" / "model" / "config.json"
@@ -46,6 +62,12 @@ if BUILTIN.is_file():
     FAMILIES["builtin"] = builtin
 # Held to the laws on fewer settings: their parts are those of the families above.
 RELATIVES: dict[str, Callable[..., Family]] = {row.__name__: row for row in rows_more.ROWS}
+# The others of transformers' mapping, as far as this version has them, and rightly.
+KIN: dict[str, Callable[..., Family]] = {
+    row.__name__: row
+    for row in (*rows_grids.ROWS, *rows_towers.ROWS)
+    if row.__name__ in CONFIG_MAPPING and prepares_positions(CONFIG_MAPPING[row.__name__]())
+}
 # One family of each kind, for what follows from the laws and need not be shown on every family.
 KINDS = [
     name
@@ -57,7 +79,8 @@ KINDS = [
 @cache
 def load(name: str) -> Family:
     """The family's toy, built once per test run: the laws promise to leave it as it was."""
-    family = replace(RELATIVES[name](), settings=FEW) if name in RELATIVES else FAMILIES[name]()
+    rows = FAMILIES | RELATIVES | KIN
+    family = rows[name]() if name in FAMILIES else replace(rows[name](), settings=FEW)
     # At its first run transformers marks a model; what pruning leaves behind is told apart only after that.
     with torch.no_grad():
         family.model(**family.prompts[0])

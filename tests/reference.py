@@ -75,7 +75,7 @@ def masked_reference(model, states, inputs, origin=None):
     before = decoder.config._attn_implementation
     ids = inputs["input_ids"][0]
     text = ids != model.config.image_token_id
-    named = {"layer_idx", "num_key_value_groups"}
+    named = {"layer_idx", "head_dim"}
     modules = {module.layer_idx: module for module in decoder.modules() if named <= vars(module).keys()}
     for state in (state for state in states if state.prunable):
         _HIDDEN[modules[state.index]] = text.repeat(state.kv_heads, 1).scatter(1, state.kept, True)

@@ -205,7 +205,7 @@ def qwen3_vl_moe(seed: int = 0) -> Family:
     return in_patches("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration(config), seed)
 
 
-def _gated_deltas() -> dict:
+def gated_deltas() -> dict:
     """A hybrid decoder: gated delta networks (linear attention) between the attention layers."""
     return {
         **TEXT,
@@ -222,13 +222,13 @@ def _gated_deltas() -> dict:
 
 def qwen3_5(seed: int = 0) -> Family:
     config = Qwen3_5Config(
-        vision_config={**PATCHES, "num_position_embeddings": 64}, text_config=_gated_deltas(), **IDS
+        vision_config={**PATCHES, "num_position_embeddings": 64}, text_config=gated_deltas(), **IDS
     )
     return in_patches("qwen3_5", Qwen3_5ForConditionalGeneration(config), seed)
 
 
 def qwen3_5_moe(seed: int = 0) -> Family:
-    text = {key: value for key, value in _gated_deltas().items() if key != "intermediate_size"}
+    text = {key: value for key, value in gated_deltas().items() if key != "intermediate_size"}
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,

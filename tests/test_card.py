@@ -3,13 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from families import as_prompt
 from huggingface_hub import constants
 from toy_model import TOKENS_PER_IMAGE
-from transformers import CLIPVisionConfig, Florence2Config, LlamaConfig, LlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    Florence2Config,
+    Gemma2Config,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from plphp_cli.attention import prune
 from plphp_cli.card import describe, parse_size
@@ -162,8 +169,38 @@ def test_a_processor_that_refuses_the_image_costs_the_figure_alone(without_weigh
     assert card.image.vision_tokens is None
     assert "chat template" in card.image.unknown
     report = card_report(card, 80)
-    assert "N/A: the chat template" in " ".join(report.split())
+    assert any(line.endswith("N/A: the chat template fails") for line in report.splitlines())
+    assert card.image.unknown in " ".join(report.split())
     assert max(map(len, report.splitlines())) <= 80
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="needs an environment without torchvision")
+def test_a_processor_without_its_package_names_the_extra(without_weights):
+    path = without_weights / "processor_config.json"
+    config = json.loads(path.read_text()) | {"processor_class": "LlavaOnevisionProcessor"}
+    config["video_processor"] = {"video_processor_type": "LlavaOnevisionVideoProcessor"}
+    path.write_text(json.dumps(config))
+    report = card_report(describe(str(without_weights)), 80)
+    assert any(line.endswith("N/A: the processor needs torchvision") for line in report.splitlines())
+    assert "plphp-cli[vision]" in report
+
+
+def test_a_capped_decoder_is_told_to_run_on_eager_attention(without_weights):
+    path = without_weights / "config.json"
+    config = json.loads(path.read_text())
+    assert not any("--attn eager" in note for note in describe(str(without_weights)).notes)
+    text = Gemma2Config(
+        vocab_size=config["text_config"]["vocab_size"],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_logit_softcapping=50.0,
+    )
+    path.write_text(json.dumps(config | {"text_config": text.to_dict()}))
+    assert any("--attn eager" in note for note in describe(str(without_weights)).notes)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +216,7 @@ def test_a_refused_type_says_why(tmp_path, capsys):
     Florence2Config().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         describe(str(tmp_path))
-    assert main(["models", str(tmp_path)]) == 1
+    assert main(["models", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -197,6 +234,8 @@ def test_a_refused_type_says_why(tmp_path, capsys):
         (["builtin", "--json", "/no/such/folder/x.json"], 2, "/no/such/folder"),
         (["--image-size", "640x480"], 2, "--image-size is about one model"),
         (["--context", "5"], 2, "--context is about one model"),
+        (["builtin", "--refused"], 2, "--refused is about all models"),
+        (["no-org/no-model", "--device", "cuda:x"], 2, "device 'cuda:x'"),
     ],
 )
 def test_bad_input_is_one_line_and_a_hint(words, code, named, capsys):

@@ -42,7 +42,7 @@ def terminal(monkeypatch):
     keyboard, screen = pty.openpty()
     with os.fdopen(screen) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        yield lambda *lines: os.write(keyboard, b"".join(line.encode() + b"\n" for line in lines))
+        yield lambda *lines: os.write(keyboard, b"".join(os.fsencode(line) + b"\n" for line in lines))
     os.close(keyboard)
 
 
@@ -79,7 +79,7 @@ def hold(arguments, tmp_path, code=0):
 
 
 def test_questions_come_from_a_pipe_line_by_line(command, pipe, tmp_path, capsys):
-    pipe("what colour?", "  and where? ", "", "never asked")
+    pipe("what colour?", "", "  and where? ", "/quit", "never asked")
     record = hold([*command, "--recut", "first-turn"], tmp_path)
     out, err = capsys.readouterr()
     first, second = record.turns
@@ -101,7 +101,12 @@ def test_questions_come_from_a_pipe_line_by_line(command, pipe, tmp_path, capsys
     assert second.quality.kl_mean_cut_anew > 0
     assert len(first.token_ids) == len(second.token_ids) == NEW_TOKENS
     assert out == f"{first.answer}\n{second.answer}\n"
-    for expected in ("> and where?", "continued on the cut cache", "cut for this question", "1 of 2 turns"):
+    for expected in (
+        "> and where?",
+        "continued on the cut cache",
+        "if cut for this question",
+        "1 of 2 turns",
+    ):
         assert expected in err
     assert "Traceback" not in err
 
@@ -114,6 +119,20 @@ def test_each_turn_is_cut_for_its_own_question_unless_asked_otherwise(command, p
     assert record.turns[1].why == "each question gets its own cut"
     assert record.turns[0].layers != record.turns[1].layers
     assert "started over from the full prompt (each question gets its own cut)" in capsys.readouterr().err
+
+
+def test_what_is_said_of_turns_fits_in_eighty_columns(command, images, pipe, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    question = "what is the colour of the large object that stands between the two smaller ones on the left?"
+    pipe("what colour?", question, f"/image {images[1].path}", "and this one?")
+    assert main([*command, "--recut", "first-turn"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if command[3] not in line]  # a path of this test is longer
+    assert max(map(len, told)) <= 80
+    for expected in ("TTFT", "KV cache", "if cut for this question", "an image joined", "1 of 3 turns"):
+        assert any(expected in line for line in told)
+    # Nothing was cut off: the question is there, in the lines that it takes.
+    assert question in " ".join("\n".join(lines).split())
 
 
 def test_an_image_may_join(command, images, pipe, tmp_path):
@@ -140,11 +159,14 @@ def test_a_conversation_may_begin_without_an_image(command, images, pipe, tmp_pa
 @pytest.mark.parametrize(
     ("lines", "named"),
     [
-        (["what?", "/image nowhere.png", "and now?"], "nowhere.png"),
-        (["what?", "/image", "and now?"], "/image names no file"),
-        (["what?", "/picture x.png", "and now?"], "unknown command '/picture'"),
-        (["what?", "see <image> there", "and now?"], "1 <image>, but 0 images"),
-        (["what?", b"caf\xe9?\n", "and now?"], "not UTF-8"),
+        (["what?", "/image nowhere.png", "and now?"], "line 2 of stdin: image 'nowhere.png'"),
+        (["what?", "", "/image", "and now?"], "line 3 of stdin: /image names no file"),
+        (["what?", "/picture x.png", "and now?"], "line 2 of stdin: unknown command '/picture'"),
+        (
+            ["what?", "see <image> there", "and now?"],
+            "line 2 of stdin: this question holds 1 <image>, but 0 images come with it",
+        ),
+        (["what?", b"caf\xe9?\n", "and now?"], "line 2 of stdin is not UTF-8"),
     ],
     ids=["missing image", "no name", "unknown command", "placeholder", "encoding"],
 )
@@ -164,14 +186,24 @@ def test_what_goes_wrong_at_a_terminal_is_told_and_can_be_put_right(
     command, images, terminal, tmp_path, capsys
 ):
     terminal(
-        "what?", "/image nowhere.png", "/picture", "see <image>", f"/image {images[1].path}", "and now?", ""
+        "what?",
+        "/image nowhere.png",
+        "/picture",
+        "/image",
+        "caf\udce9?",
+        "see <image>",
+        f"/image {images[1].path}",
+        "and now?",
+        "",
     )
     first, second = hold([*command, "--no-baseline"], tmp_path).turns
     assert (first.question, second.question) == ("what?", "and now?")
     assert len(second.images) == 1
-    err = capsys.readouterr().err
-    assert err.count("error: ") == 3
-    assert "/quit" in err
+    told = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(told) == 5
+    # What was no question is one line, which says what there is.
+    assert "unknown command '/picture': there are /image FILE and /quit" in told[1]
+    assert "/image names no file: write /image FILE" in told[2]
 
 
 @pytest.mark.parametrize("call", [1, 3])
@@ -276,6 +308,7 @@ def test_a_single_run_ends_at_a_stop_text_in_both_arms(tmp_path, capsys):
         (["--recut", "first-turn", "--prompt", "x"], "--recut is for conversations"),
         (["--chat", "--recut", "never"], "recut 'never'; expected each-turn or first-turn"),
         (["--chat", "--raw-prompt"], "--raw-prompt exclude each other"),
+        (["--chat", "--compile"], "--chat and --compile exclude each other"),
         (["--chat", "--prompt", "-"], "one a line"),
         (["--chat", "--prompt", " "], "blank"),
         (["--chat", "--stop", ""], "--stop is empty"),

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from plphp_cli import models, prune
@@ -134,7 +133,7 @@ def test_a_processor_argument_that_does_not_exist_or_fit(toy: str, images) -> No
     loaded = models.load(toy, device="cpu", processor_arg=("size=huge",))
     with pytest.raises(PLPHPError) as caught:
         models.prepare(loaded, images[:1], "what?")
-    assert caught.value.hint == "check --processor-arg size=huge"
+    assert 'size="huge" is of no kind' in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["do_resize=false", 'size={"height": 64, "width": 64}'])
@@ -259,13 +258,6 @@ def test_weights_that_no_machine_holds(broken: Path) -> None:
     error = refused(broken, r"take 8.00 TiB; this machine has", DeviceMemoryError)
     assert "--dtype bfloat16" in str(error.hint)
     refused(broken, r"take 4.00 TiB", DeviceMemoryError, dtype="float16")
-
-
-def test_weights_of_other_shapes(broken: Path) -> None:
-    weights = load_file(broken / "model.safetensors")
-    name = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
-    save_file(weights | {name: weights[name][:8].clone()}, broken / "model.safetensors", {"format": "pt"})
-    refused(broken, "do not match its config: their shapes differ")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from plphp_cli import families, models
 from plphp_cli.attention import prune
 from plphp_cli.errors import ImageError, ModelError, UnsupportedError, UsageError
 from plphp_cli.generate import Settings, prefill, stream
-from plphp_cli.images import LoadedImage
+from plphp_cli.images import LoadedImage, load_image
 from plphp_cli.vision import image_token_id
 
 ABSENT = pytest.mark.skipif(
@@ -157,3 +157,15 @@ def test_a_model_that_has_eager_attention_alone_says_so(tmp_path):
 def test_the_table_says_which_processors_need_torchvision():
     for name, made in PROCESSORS.items():
         assert families.find(row_of(name).model.config.model_type).torchvision == made.torchvision
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reducing_an_image_is_noted_as_vain_where_its_tokens_stay_as_many(name, loaded_from, tmp_path):
+    Image.new("RGB", (96, 48), "red").save(tmp_path / "wide.png")
+    path, loaded = str(tmp_path / "wide.png"), loaded_from(name)
+    whole = models.prepare(loaded, [load_image(path)], "what is it?")
+    for pixels in (2000, 200):
+        reduced = models.prepare(loaded, [load_image(path, pixels)], "what is it?")
+        vain = reduced.vision_tokens == whole.vision_tokens
+        assert any("reducing saved no vision tokens" in note for note in reduced.notes) == vain
+        assert vain or name != "llava"  # of one size

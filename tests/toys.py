@@ -69,6 +69,15 @@ def as_prompt(inputs: Inputs) -> Prompt:
     return Prompt(inputs, "", (), inputs["input_ids"].shape[1], 0, 0.0)
 
 
+def made(kind: str, **config: Any) -> Any:
+    """A model of transformers' type `kind`, from its config's arguments, which are left as they are."""
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**copy.deepcopy(config)))
+
+
 def randomised(model: Any, seed: int = 0) -> Any:
     """Weights large enough that attention is peaked, layers differ and greedy tokens have a clear margin."""
     generator = torch.Generator().manual_seed(seed)

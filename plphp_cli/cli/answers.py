@@ -8,6 +8,7 @@ from typing import Any
 from plphp_cli.answering import Answering, AnswerRecord, AnswersRecord
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.loading import load_model, settings_of
 from plphp_cli.cli.output import print_error, say, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
 from plphp_cli.errors import UsageError
@@ -82,16 +83,9 @@ def _begin(
     """The work, with the model loaded, and what makes its record (told whether it was broken off)."""
     from plphp_cli.decoding import step_compiler
     from plphp_cli.environment import environment
-    from plphp_cli.generate import Settings
-    from plphp_cli.models import load
 
-    say(f"loading {request.model}")
-    loaded = load(request.model, request.options)
-    interrupts.check()
-    wanted = request.generation
-    settings = Settings(
-        wanted.max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop
-    )
+    loaded = load_model(request.model, request.options, say, interrupts.check)
+    settings = settings_of(request.generation)
     compiler = step_compiler(loaded) if request.compile else None
 
     def answered(record: AnswerRecord) -> None:
@@ -105,7 +99,7 @@ def _begin(
         return AnswersRecord(
             model=loaded.name,
             config=request.config,
-            generation=wanted,
+            generation=request.generation,
             batch_size=batch_size,
             answers=tuple(work.answers),
             prefill_s=work.prefill_s,
@@ -113,7 +107,7 @@ def _begin(
             decode_tokens_per_s=work.decode_tokens_per_s,
             compiled=None if compiler is None else CompileRecord.from_stats(compiler.stats),
             environment=environment(
-                loaded=loaded, config=request.config, seed=wanted.seed, command=request.command
+                loaded=loaded, config=request.config, seed=request.generation.seed, command=request.command
             ),
             interrupted=interrupted,
         )

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from plphp_cli import __version__, parallel
 from plphp_cli.cli import calibrate, doctor, models, profile, run, sweep
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.options import MultiValueCommand
+from plphp_cli.cli.options import MultiValueCommand, PlainCommand, PlainGroup
 from plphp_cli.cli.output import print_error
 from plphp_cli.cli.sweep_options import SweepCommand
 from plphp_cli.errors import PLPHPError
@@ -24,6 +24,7 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 app = typer.Typer(
+    cls=PlainGroup,
     help="Run vision-language models with PLPHP: per-layer per-head vision token pruning of the KV cache.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,14 +36,16 @@ app.command("run", cls=MultiValueCommand)(run.run)
 app.command("profile", cls=MultiValueCommand)(profile.profile)
 app.command("sweep", cls=SweepCommand)(sweep.sweep)
 app.command("calibrate", cls=MultiValueCommand)(calibrate.calibrate)
-app.command("models")(models.models)
-app.command("doctor")(doctor.doctor)
+app.command("models", cls=PlainCommand)(models.models)
+app.command("doctor", cls=PlainCommand)(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Show the version and exit.")
+    ] = False,
 ) -> None:
     if version:
         print(f"plphp {__version__}")

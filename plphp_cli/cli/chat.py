@@ -9,14 +9,15 @@ from plphp_cli.cli.chat_session import ChatSession
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.options import MAX_PROMPT_BYTES
-from plphp_cli.cli.output import Answer, print_error, say, write_files, write_stdout
+from plphp_cli.cli.output import Answer, print_error, say, say_wrapped, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
 from plphp_cli.errors import PLPHPError, UsageError
-from plphp_cli.reports.chat import closing_line, quality_line, turn_line
+from plphp_cli.reports.chat import closing_line, quality_lines, turn_line
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.results import to_json
 
-HELP = "/image FILE adds an image to the next question; /quit, an empty line or Ctrl-D ends"
+HELP = "/image FILE joins the next question; /quit, an empty line or Ctrl-D ends"
+_COMMANDS = "there are /image FILE and /quit"
 
 
 def converse(
@@ -25,7 +26,8 @@ def converse(
     """Hold a conversation, write and print what came of it, and return the exit code.
 
     At a terminal a failed question can be asked otherwise, and Ctrl-C during an answer ends that answer; from
-    a pipe both end the conversation, as does Ctrl-C at the prompt.
+    a pipe both end the conversation, as does Ctrl-C at the prompt. The line of a pipe that failed is told by
+    its number; what was answered before it is printed and recorded, and what comes after it is not asked.
 
     Args:
         request: checked; its prompt, if there is one, is the first question.
@@ -39,10 +41,10 @@ def converse(
         BrokenPipeError: nobody reads the output any more; what was known by then is in the JSON file.
     """
     answer = Answer(enabled=json_target != "-")
-    say(f"config: {request.config_origin}: {config_line(request.config)}")
+    say_wrapped(f"config: {request.config_origin}: {config_line(request.config)}")
     interrupted, failure = False, None
     with Interrupts() as interrupts:
-        session = ChatSession(request, recut, max_pixels, say, answer.write, interrupts.check)
+        session = ChatSession(request, recut, max_pixels, say_wrapped, answer.write, interrupts.check)
         try:
             session.load()
             loop = _Loop(session, answer, interrupts, judge=request.baseline, streams=json_target != "-")
@@ -86,7 +88,7 @@ def _finish(
         if json_target == "-":
             write_stdout(to_json(record))
     if closing := closing_line(record):
-        say(closing)
+        say_wrapped(closing)
     if interrupted:
         say("interrupted")
     return unwritten
@@ -101,6 +103,7 @@ class _Loop:
         self._session, self._answer, self._interrupts = session, answer, interrupts
         self._judge, self._streams = judge, streams
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
+        self._line_number = 0
 
     def run(self, first: str) -> None:
         """Ask `first`, unless it is empty, then what is typed. Raises `KeyboardInterrupt` at the prompt."""
@@ -122,38 +125,45 @@ class _Loop:
         except Exception as error:
             self._interrupts.check()
             failure = explained(error)
-            if not self._interactive or not isinstance(failure, PLPHPError):
+            if not isinstance(failure, PLPHPError):
                 raise
+            if not self._interactive:
+                raise self._placed(failure) from error
             self._answer.end()
             print_error(failure.message, failure.hint)
+
+    def _placed(self, failure: PLPHPError) -> PLPHPError:
+        """A failure with the line of stdin that it is about; as it is if that did not come from there."""
+        if not self._line_number:
+            return failure
+        return type(failure)(f"line {self._line_number} of stdin: {failure.message}", hint=failure.hint)
 
     def _obey(self, line: str) -> None:
         command, _, rest = line.partition(" ")
         if command == "/image":
             if not rest.strip():
-                raise UsageError("/image names no file", hint="write /image FILE")
+                raise UsageError("/image names no file: write /image FILE")
             self._session.join(str(Path(rest.strip()).expanduser()))
             say("the image joins with the next question")
         elif command.startswith("/"):
-            raise UsageError(f"unknown command {command!r}", hint=HELP)
+            raise UsageError(f"unknown command {command!r}: {_COMMANDS}")
         else:
             self._turn(line)
 
     def _turn(self, question: str) -> None:
         if not self._interactive:
-            say(f"> {question}")
+            say_wrapped(f"> {question}")
         if not self._broken_off(lambda: self._session.ask(question)) and self._judge:
             self._answer.end()
             self._broken_off(self._session.judge)
         self._answer.end()
         turn = self._session.turns[-1]
         if not self._streams:
-            say(turn.answer)
+            say_wrapped(turn.answer)
         elif not turn.answer:
             write_stdout("")  # each question has its line, whatever the answer
-        say(turn_line(turn), "dim")
-        if self._judge:
-            say(quality_line(turn), "dim")
+        for line in (turn_line(turn), *(quality_lines(turn) if self._judge else ())):
+            say_wrapped(line, "dim")
 
     def _broken_off(self, work: Callable[[], None]) -> bool:
         """Do it; True if Ctrl-C at a terminal ended it. Other signals, and a pipe's, end everything."""
@@ -173,16 +183,24 @@ class _Loop:
         return False
 
     def _lines(self) -> Iterator[str]:
-        """What is typed, line by line, until an empty line, /quit or the end of stdin.
+        """What is typed, line by line, until /quit, the end of stdin or, at a terminal, an empty line.
 
         Raises:
             UsageError: a line is not UTF-8, or longer than any model could read.
         """
         while sys.stdin is not None:
-            line = self._line().strip()
-            if not line or line == "/quit":
+            try:
+                raw = self._line()
+            except UsageError as error:
+                if not self._interactive:
+                    raise
+                print_error(error.message, error.hint)
+                continue
+            line = raw.strip()
+            if line == "/quit" or not (line if self._interactive else raw):
                 return
-            yield line
+            if line:
+                yield line
 
     def _line(self) -> str:
         if self._interactive:
@@ -195,12 +213,16 @@ class _Loop:
             raise
         if self._interactive and not raw.endswith(b"\n"):
             sys.stderr.write("\n")
+        self._line_number += 1
         if len(raw) > MAX_PROMPT_BYTES:
-            raise UsageError("a question from stdin is longer than 4 MiB", hint="shorten it")
+            raise UsageError(
+                f"line {self._line_number} of stdin is longer than 4 MiB", hint="shorten the question"
+            )
         try:
             return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
+            what = f"byte {error.start} is 0x{raw[error.start]:02x}"
             raise UsageError(
-                f"a question from stdin is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
+                f"line {self._line_number} of stdin is not UTF-8: {what}",
                 hint="convert it, e.g. with iconv -t utf-8",
             ) from error

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from plphp_cli.chat.records import ChatRecord, TurnRecord
-from plphp_cli.cli.session import RunRequest, left_out_notes
+from plphp_cli.cli.loading import identity, load_model, model_notes, settings_of
+from plphp_cli.cli.session import RunRequest
 from plphp_cli.images import load_image
 from plphp_cli.reports.chat import begun_line
 from plphp_cli.results import ImageRecord, LayerRecord, decode_rate
 
 if TYPE_CHECKING:
     from plphp_cli.chat.conversation import Begun, Conversation
-    from plphp_cli.generate import Settings
     from plphp_cli.models import LoadedModel, Turn
     from plphp_cli.prompt import Prompt
 
@@ -57,19 +57,12 @@ class ChatSession:
     def load(self) -> None:
         """Load the model. Raises what `models.load` raises."""
         request = self._request
-        self._say(f"loading {request.model}")
-        # What takes seconds to import is imported when it is needed.
+        self._loaded = loaded = load_model(request.model, request.options, self._say, self._check)
         from plphp_cli.chat.conversation import Conversation
-        from plphp_cli.models import load
 
-        self._check()
-        loaded = load(request.model, request.options)
-        self._check()
-        self._loaded = loaded
         self._conversation = Conversation(loaded, request.config, self._recut)
-        dtype = str(loaded.dtype).removeprefix("torch.")
-        self._say(f"{loaded.name} ({dtype}, {loaded.device}, {loaded.attn}), recut {self._recut}")
-        for note in left_out_notes(loaded):
+        self._say(f"{identity(loaded)}, recut {self._recut}")
+        for note in model_notes(loaded):
             self._say(f"note: {note}")
 
     def join(self, path: str) -> None:
@@ -102,7 +95,9 @@ class ChatSession:
         images = tuple(map(ImageRecord.from_image, turn.images))
         record = TurnRecord(question, images, stop_reason=INTERRUPTED, notes=notes)
         elapsed_s: list[float] = []
-        events = self._conversation.ask(prompt, self._settings, keep_start=self._request.baseline)
+        events = self._conversation.ask(
+            prompt, settings_of(self._request.generation), keep_start=self._request.baseline
+        )
         try:
             for event in events:
                 match event:
@@ -137,7 +132,8 @@ class ChatSession:
             return
         assert self._loaded is not None
         assert self._conversation is not None
-        found = judge_turn(self._loaded, self._conversation, self._prompt, self._settings)
+        settings = settings_of(self._request.generation)
+        found = judge_turn(self._loaded, self._conversation, self._prompt, settings)
         self.turns[-1] = replace(self.turns[-1], quality=found)
 
     def record(self, interrupted: bool, notes: Sequence[str] = ()) -> ChatRecord:
@@ -160,17 +156,8 @@ class ChatSession:
                 images=self._shown,
                 prompt="\n".join(turn.question for turn in self.turns),
             ),
-            notes=tuple(notes),
+            notes=(*(() if loaded is None else loaded.warnings), *notes),
             interrupted=interrupted,
-        )
-
-    @property
-    def _settings(self) -> "Settings":
-        from plphp_cli.generate import Settings
-
-        wanted = self._request.generation
-        return Settings(
-            wanted.max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop
         )
 
 

@@ -22,7 +22,7 @@ _DUMMY, _MEASURING = "Dummy weights", "Measuring"
 BatchSizeOption = Annotated[
     int,
     typer.Option(
-        metavar="B", help="Decode B copies of each prompt in one batch.", rich_help_panel=_MEASURING
+        metavar="N", help="Decode N copies of each prompt in one batch.", rich_help_panel=_MEASURING
     ),
 ]
 CompileOption = Annotated[

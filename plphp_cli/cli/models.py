@@ -6,9 +6,10 @@ import typer
 
 from plphp_cli.card import describe, parse_size
 from plphp_cli.cli import options as opt
-from plphp_cli.cli.output import stdout_width, write_report
+from plphp_cli.cli.output import say, stdout_width, write_report
 from plphp_cli.errors import UsageError
 from plphp_cli.inventory import take_inventory
+from plphp_cli.models.sources import cached_models
 from plphp_cli.reports.card import card_report
 from plphp_cli.reports.inventory import inventory_report
 
@@ -27,12 +28,16 @@ ContextOption = Annotated[
         help="Tokens whose cache must fit beside the weights; 8192, or what the model was made for.",
     ),
 ]
+RefusedOption = Annotated[
+    bool, typer.Option("--refused", metavar="", help="List every model type that is refused, and why.")
+]
 
 
 def models(
     name: NameArgument = None,
     image_size: ImageSizeOption = None,
     context: ContextOption = None,
+    refused: RefusedOption = False,
     dtype: opt.DtypeOption = "auto",
     device: opt.DeviceOption = "auto",
     json: opt.JsonOption = None,
@@ -51,9 +56,13 @@ def models(
                 raise UsageError(
                     f"{option} is about one model, and none was named", hint="e.g. plphp models builtin"
                 )
-        inventory = take_inventory()
+        if refused or cached_models():
+            say("reading the configs")
+        inventory = take_inventory(with_refused_types=refused)
         write_report(inventory, inventory_report(inventory, stdout_width()), json, force)
         return 0
+    if refused:
+        raise UsageError("--refused is about all models, and one was named", hint="leave out one of them")
     size = parse_size("1024x768" if image_size is None else image_size)
     card = describe(name, image_size=size, context=context, dtype=dtype, device=device)
     write_report(card, card_report(card, stdout_width()), json, force)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from plphp_cli import parallel
 from plphp_cli.cli.option_groups import takes
@@ -49,7 +49,16 @@ SystemOption = Annotated[
 RawPromptOption = Annotated[
     bool,
     typer.Option(
-        "--raw-prompt", help="Send the text as typed, without the chat template.", rich_help_panel=_INPUT
+        "--raw-prompt",
+        metavar="",
+        help="Send the text as typed, without the chat template.",
+        rich_help_panel=_INPUT,
+    ),
+]
+PromptsOption = Annotated[
+    int,
+    typer.Option(
+        "--batch-size", metavar="N", help="Of --data, decode N prompts together.", rich_help_panel=_INPUT
     ),
 ]
 MaxPixelsOption = Annotated[
@@ -183,7 +192,29 @@ DebugOption = Annotated[
 NO_KNOBS: dict[str, Any] = {}
 
 
-class MultiValueCommand(TyperCommand):
+class PlainCommand(TyperCommand):
+    """A command whose `--help` is shown like every other flag: without the type of a value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option, with an empty metavar."""
+        return _untyped(super().get_help_option(ctx))
+
+
+class PlainGroup(TyperGroup):
+    """The same for the program itself."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option, with an empty metavar."""
+        return _untyped(super().get_help_option(ctx))
+
+
+def _untyped(option: Any) -> Any:
+    if option is not None:
+        option.metavar = ""
+    return option
+
+
+class MultiValueCommand(PlainCommand):
     """A command whose `--image a b` means `--image a --image b`: options take one value by themselves."""
 
     multi_value: Sequence[str] = MULTI_VALUE

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from plphp_cli.errors import PLPHPError
 from plphp_cli.files import write_beside, write_text
+from plphp_cli.reports.columns import paragraph
 from plphp_cli.reports.live import LiveView, restore
 from plphp_cli.reports.snapshot import LiveSnapshot
 from plphp_cli.reports.text import for_encoding, one_line, visible
@@ -24,6 +25,13 @@ from plphp_cli.serialize import to_json
 def say(message: str, style: str = "") -> None:
     """One line on stderr; control characters in it are shown, never obeyed."""
     print_lines([Text(one_line(message), style)])
+
+
+def say_wrapped(message: str, style: str = "") -> None:
+    """`say`, in lines of at most the terminal's width, or 80 characters: further ones are indented."""
+    console = stderr_console()
+    lines = paragraph(one_line(message), console.width, "  ")
+    print_lines([Text(line, style) for line in lines], console)
 
 
 def print_error(message: str, hint: str | None = None) -> None:

@@ -12,7 +12,7 @@ from plphp_cli.chat.records import RECUTS
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.answers import answer_file, check_batch
 from plphp_cli.cli.chat import converse
-from plphp_cli.cli.dummy_options import BatchSizeOption, CompileOption
+from plphp_cli.cli.dummy_options import CompileOption
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
 from plphp_cli.cli.load_options import check_model, with_load_options
@@ -46,7 +46,7 @@ def run(
     raw_prompt: opt.RawPromptOption = False,
     chat: opt.ChatOption = False,
     data: opt.DataOption = None,
-    batch_size: BatchSizeOption = 1,
+    batch_size: opt.PromptsOption = 1,
     max_pixels: opt.MaxPixelsOption = None,
     model: opt.ModelOption = "builtin",
     options: LoadOptions = DEFAULTS,
@@ -95,7 +95,7 @@ def run(
         questions = read_questions(image, prompt, data, system, max_pixels)
         check_model(model, options)
         return answer_file(replace(request, baseline=False), questions, batch_size, json, force)
-    recut = _check_chat(chat, recut, image, prompt, raw_prompt)
+    recut = _check_chat(chat, recut, image, prompt, raw_prompt, compile)
     text = _read_texts(chat, prompt, system, raw_prompt)
     shown = tuple(load_image(path, max_pixels) for path in image or ())
     check_model(model, options)
@@ -107,7 +107,12 @@ def run(
 
 
 def _check_chat(
-    chat: bool, recut: str | None, image: list[str] | None, prompt: str | None, raw_prompt: bool
+    chat: bool,
+    recut: str | None,
+    image: list[str] | None,
+    prompt: str | None,
+    raw_prompt: bool,
+    compiled: bool,
 ) -> str:
     """Refuse what a conversation, or a single question, cannot have; returns when the cache is cut."""
     if not chat:
@@ -122,6 +127,10 @@ def _check_chat(
         raise UsageError(f"recut {recut!r}; expected {' or '.join(RECUTS)}")
     if raw_prompt:
         raise UsageError("--chat and --raw-prompt exclude each other", hint="a raw prompt has no turns")
+    if compiled:
+        raise UsageError(
+            "--chat and --compile exclude each other", hint="a conversation's steps run uncompiled"
+        )
     if prompt == "-":
         raise UsageError(
             "--chat reads its questions from stdin, one a line", hint="leave out --prompt -, or give the text"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from plphp_cli import parallel
+from plphp_cli.cli.loading import identity, load_model, model_notes, settings_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
 from plphp_cli.memory import MemorySampler, MemorySnapshot
@@ -110,24 +111,16 @@ class RunSession:
     def load(self) -> None:
         """Load the model and prepare the prompt. Raises what `models.load` and `models.prepare` raise."""
         request = self._request
-        self._say(f"loading {request.model}")
-        # What takes seconds to import is imported when it is needed.
-        from plphp_cli.models import load
-
-        self._check()
-        loaded = load(request.model, request.options)
-        self._check()
-        self._loaded = loaded
+        self._loaded = loaded = load_model(request.model, request.options, self._say, self._check)
         self._prepare()
         self._prepare()  # the first time is a warm-up: processors set themselves up
         assert self._prompt is not None
-        dtype = str(loaded.dtype).removeprefix("torch.")
         images, prompt = len(request.images), self._prompt
         what = (
-            f"{loaded.name} ({dtype}, {loaded.device}, {loaded.attn}), {images} image{'s'[: images != 1]}, "
+            f"{identity(loaded)}, {images} image{'s'[: images != 1]}, "
             f"{prompt.prompt_tokens} tokens, {prompt.vision_tokens} vision"
         )
-        for note in (*loaded.warnings, *left_out_notes(loaded), *prompt.notes):
+        for note in (*model_notes(loaded), *prompt.notes):
             self._say(f"note: {note}")
         self._say(what)
         self._view = replace(
@@ -148,7 +141,7 @@ class RunSession:
         with MemorySampler(self._loaded.device) as self._sampler:
             for policy in policies:
                 room = whole if request.compile else min(WARM_UP_TOKENS, whole)
-                self._pass(self._stream(policy, self._settings(room)))
+                self._pass(self._stream(policy, settings_of(request.generation, room)))
 
     def _pass(self, events: Any) -> None:
         """The first tokens of a stream, to no end; it is closed, so that the model is restored."""
@@ -173,7 +166,7 @@ class RunSession:
         )
         self._show(arm)
         policy = self._request.config if name == PRUNED else None
-        settings = self._settings(self._request.generation.max_new_tokens)
+        settings = settings_of(self._request.generation)
         sampler = MemorySampler(self._loaded.device)
         try:
             with sampler:
@@ -253,12 +246,6 @@ class RunSession:
         )
         self._check()
 
-    def _settings(self, max_new_tokens: int) -> "Settings":
-        from plphp_cli.generate import Settings
-
-        wanted = self._request.generation
-        return Settings(max_new_tokens, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop)
-
     def _stream(self, policy: PLPHPConfig | None, settings: "Settings") -> Any:
         from plphp_cli.decoding import step_compiler, stream_compiled
         from plphp_cli.generate import stream
@@ -323,14 +310,6 @@ class RunSession:
         # Over the answer the new tokens' cache grows from nothing: half of it on average.
         new_token_bytes = full / prompt.prompt_tokens * pruned.decode_steps / 2
         return decode_bound(decoder_weight_bytes(self._loaded), held, full, new_token_bytes)
-
-
-def left_out_notes(loaded: "LoadedModel") -> list[str]:
-    """Beam search and the like that a model's own generation config asks for, and no command does."""
-    from plphp_cli.support import left_out
-
-    asked = left_out(loaded.model.generation_config)
-    return [f"{feature}, which the model's generation config asks for, is left out" for feature in asked]
 
 
 def _image_record(image: LoadedImage) -> ImageRecord:

@@ -14,6 +14,25 @@ ATTENTION = ("sdpa", "flash_attention_2", "flex_attention", "eager")
 _PLAIN = ("sdpa", "eager")
 
 
+def check_names(dtype: str, device: str, attn: str) -> None:
+    """Refuse words that name nothing, before torch is imported. Raises `UsageError`."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}; expected {', '.join(DTYPES)}")
+    check_device_name(device)
+    if attn not in ATTENTION:
+        raise UsageError(f"attention {attn!r}; expected {', '.join(ATTENTION)}")
+
+
+def check_device_name(name: str) -> None:
+    """Refuse what is no device's name, whatever devices there are. Raises `UsageError`."""
+    kind, _, ordinal = name.partition(":")
+    known = kind in ("auto", "cpu", "cuda", "mps") and (
+        not ordinal or (kind == "cuda" and ordinal.isascii() and ordinal.isdecimal())
+    )
+    if not known or name.endswith(":"):
+        raise UsageError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps")
+
+
 def choose_device(name: str) -> "torch.device":
     """The device that `auto`, `cpu`, `cuda`, `cuda:1` or `mps` names.
 
@@ -22,12 +41,8 @@ def choose_device(name: str) -> "torch.device":
     """
     import torch
 
+    check_device_name(name)
     kind, _, ordinal = name.partition(":")
-    known = kind in ("auto", "cpu", "cuda", "mps") and (
-        not ordinal or (kind == "cuda" and ordinal.isdecimal())
-    )
-    if not known or name.endswith(":"):
-        raise UsageError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind == "cuda":

@@ -54,16 +54,23 @@ def dialogue(turns: Sequence[Turn], system: str | None) -> list[dict[str, Any]]:
     """
     said: list[dict[str, Any]] = []
     for number, turn in enumerate(turns):
-        said += messages(turn.images, turn.question, None if number else system)
+        said += messages(turn.images, turn.question, None if number else system, of_turn=True)
         if turn.answer is not None:
             said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     return said
 
 
 def messages(
-    images: Sequence[LoadedImage], text: str, system: str | None, placeholder: str = PLACEHOLDER
+    images: Sequence[LoadedImage],
+    text: str,
+    system: str | None,
+    placeholder: str = PLACEHOLDER,
+    *,
+    of_turn: bool = False,
 ) -> list[dict[str, Any]]:
     """The conversation: images in order, where `placeholder` stands in the text, else first.
+
+    `of_turn`: the text is one of several questions, and the images those that come with it.
 
     Raises:
         ImageError: the placeholder occurs, but not once per image, or it occurs in the system message.
@@ -71,11 +78,7 @@ def messages(
     pieces = text.split(placeholder)
     placed = len(pieces) - 1
     if placed and placed != len(images):
-        given = "1 image is" if len(images) == 1 else f"{len(images)} images are"
-        raise ImageError(
-            f"the prompt holds {placed} {placeholder}, but {given} given",
-            hint=f"write {placeholder} once per image, or leave it out to put the images first",
-        )
+        raise _misplaced(placed, placeholder, len(images), of_turn)
     if system is not None and placeholder in system:
         raise ImageError(f"the system message holds {placeholder}", hint="place images in the prompt")
     shown: list[dict[str, Any]] = [{"type": "image", "image": image.image} for image in images]
@@ -87,6 +90,20 @@ def messages(
         content = [part for part in content if part.get("text") != ""]
     first = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system is not None else []
     return [*first, {"role": "user", "content": content}]
+
+
+def _misplaced(placed: int, placeholder: str, images: int, of_turn: bool) -> ImageError:
+    if of_turn:
+        come = "1 image comes" if images == 1 else f"{images} images come"
+        return ImageError(
+            f"this question holds {placed} {placeholder}, but {come} with it",
+            hint=f"write {placeholder} once per image that joins with this question, or leave it out",
+        )
+    given = "1 image is" if images == 1 else f"{images} images are"
+    return ImageError(
+        f"the prompt holds {placed} {placeholder}, but {given} given",
+        hint=f"write {placeholder} once per image, or leave it out to put the images first",
+    )
 
 
 def choose_template(loaded: LoadedModel, raw: bool) -> tuple[str | None, list[str]]:

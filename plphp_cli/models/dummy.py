@@ -17,8 +17,9 @@ from plphp_cli.models.choices import (
     choose_dtype,
     set_attention,
 )
+from plphp_cli.models.failures import is_out_of_memory
 from plphp_cli.models.loaded import LoadedModel
-from plphp_cli.models.loading import is_out_of_memory, quiet
+from plphp_cli.models.loading import quiet
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.models.sources import BUILTIN, locate, read_config_json

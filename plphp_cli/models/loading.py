@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
-from plphp_cli import parallel
-from plphp_cli.errors import DeviceMemoryError, ModelError, PLPHPError, UnsupportedError, UsageError
+from plphp_cli import families, parallel
+from plphp_cli.errors import ModelError, PLPHPError, UsageError
 from plphp_cli.models.choices import (
     attention_to_load,
     check_attention,
@@ -16,6 +16,14 @@ from plphp_cli.models.choices import (
     choose_device,
     choose_dtype,
     set_attention,
+)
+from plphp_cli.models.failures import (
+    SAME_MODEL,
+    first_line,
+    lacks_files,
+    model_error,
+    own_code_fails,
+    processor_error,
 )
 from plphp_cli.models.hub import offline
 from plphp_cli.models.loaded import LoadedModel
@@ -31,7 +39,6 @@ from plphp_cli.models.sources import (
     weight_files,
 )
 from plphp_cli.models.weights import check_host_memory, needed_bytes
-from plphp_cli.units import format_bytes
 
 # Arguments of image processors that say where and as what the pixels go: not the user's to choose.
 _OURS = {"return_tensors", "device", "data_format", "input_data_format", "disable_grouping"}
@@ -129,6 +136,11 @@ def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> 
         found.append(f"the model is spread: {spread}")
     if options.trust_remote_code and config_json.get("auto_map"):
         found.append("the model runs code of its own, on which pruning is not proven")
+    elif families.find(model.config.model_type) is None:
+        found.append(
+            f"pruning is not proven on model type {model.config.model_type}: all that its config tells is as "
+            "the method assumes; `plphp profile --compare-stock` compares with plain generation"
+        )
     return tuple(found)
 
 
@@ -182,12 +194,12 @@ def read_config(source: Source, config_json: dict[str, Any], trusted: bool = Fal
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=bool(own_code))
     except Exception as error:
         if own_code:
-            raise _own_code_fails(source, error) from error
+            raise own_code_fails(source, error) from error
         raise ModelError(
             f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
             hint="fetch or save the model again",
         ) from error
-    check_model(config, proven=not own_code)
+    check_model(config)
     return config
 
 
@@ -216,13 +228,6 @@ def _check_type(source: Source, kind: str, brings_code: bool) -> None:
         )
 
 
-def _own_code_fails(source: Source, error: BaseException) -> ModelError:
-    return ModelError(
-        f"the code that {source.name} brings fails: {first_line(error)}",
-        hint="it may need another version of transformers, or a package that its page names",
-    )
-
-
 def read_processor(source: Source) -> Any:
     """The processor of a model, without the model. Raises `ModelError` when it cannot be loaded."""
     with quiet():
@@ -235,13 +240,10 @@ def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:
-        raise _processor_error(source, error) from error
+        raise processor_error(source, error) from error
     lacking = [part for part in ("tokenizer", "image_processor") if getattr(processor, part, None) is None]
     if lacking:
-        raise ModelError(
-            f"{source.name} lacks its processor's files ({' and '.join(lacking).replace('_', ' ')})",
-            hint="save the processor into the same folder: processor.save_pretrained(folder)",
-        )
+        raise lacks_files(source, [part.replace("_", " ") for part in lacking])
     _check_processor_args(processor, options, source.name)
     return processor
 
@@ -259,24 +261,6 @@ def _check_processor_args(processor: Any, options: LoadOptions, name: str) -> No
             )
 
 
-def _processor_error(source: Source, error: BaseException) -> ModelError:
-    text = "\n".join(str(part) for part in _chain(error)).lower()
-    for package in ("torchvision", "num2words"):
-        if package in text:
-            return ModelError(
-                f"the processor of {source.name} needs {package}", hint="pip install 'plphp-cli[vision]'"
-            )
-    if "trust_remote_code" in text:
-        return ModelError(
-            f"the processor of {source.name} is code that the model brings, which is not run",
-            hint="--trust-remote-code runs it with all your rights: read it first",
-        )
-    return ModelError(
-        f"the processor of {source.name} cannot be loaded: {first_line(error)}",
-        hint="its files may be missing: save the processor into the same folder",
-    )
-
-
 def _model(
     source: Source, config: Any, dtype: Any, device: Any, options: LoadOptions, place: dict[str, Any]
 ) -> Any:
@@ -284,7 +268,7 @@ def _model(
     from transformers import AutoModelForImageTextToText
 
     files = weight_files(source)
-    needed = needed_bytes(files, source.name, dtype if isinstance(dtype, torch.dtype) and not place else None)
+    needed = needed_bytes(files, source, dtype if isinstance(dtype, torch.dtype) and not place else None)
     if device.type == "cpu" and not place:
         check_host_memory(needed, source.name)
     try:
@@ -296,103 +280,38 @@ def _model(
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            # Told by `_check_report`, with the shapes, which the error that it raises else does not name.
+            ignore_mismatched_sizes=True,
             **place,
             **parallel.load_options(),
         )
         parallel.check_loaded(model, source.name)
         set_attention(model, options.attn, source.name)
-        absent = sorted(report["missing_keys"])
-        if absent:
-            raise ModelError(
-                f"the weights of {source.name} do not match its config: {len(absent)} are missing, "
-                f"such as {absent[0]}",
-                hint="config.json and the weights must come from the same model",
-            )
+        _check_report(report, source.name)
         return (model if place else model.to(device)).eval().requires_grad_(False)
     except PLPHPError:
         raise
     except Exception as error:
-        raise _model_error(source, error, device, options, needed) from error
+        raise model_error(source, error, device, options, needed) from error
 
 
-def _model_error(
-    source: Source, error: Exception, device: Any, options: LoadOptions, needed: int
-) -> PLPHPError:
-    from safetensors import SafetensorError
-
-    name = source.name
-    if isinstance(error, SafetensorError):
-        return ModelError(
-            f"the weights of {name} are corrupted: {first_line(error)}", hint="fetch them again"
+def _check_report(report: dict[str, Any], name: str) -> None:
+    """Refuse weights that are missing or of other shapes than the config says. Raises `ModelError`."""
+    other = sorted((key, tuple(stored), tuple(ours)) for key, stored, ours in report["mismatched_keys"])
+    if other:
+        key, stored, ours = other[0]
+        more = f"; so do {len(other) - 1} more" if other[1:] else ""
+        raise ModelError(
+            f"the weights of {name} do not match its config: {key} has the shape {list(stored)} in the file "
+            f"and {list(ours)} by config.json{more}",
+            hint=SAME_MODEL,
         )
-    if is_out_of_memory(error):
-        size = f"{format_bytes(needed)} of weights{_free(device)}"
-        return DeviceMemoryError(
-            f"out of memory on {device} while loading {name} ({size})",
-            hint="try --dtype bfloat16, --quantize 4bit, --device-map auto, or a smaller model",
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ModelError(
+            f"the weights of {name} do not match its config: {len(absent)} are missing, such as {absent[0]}",
+            hint=SAME_MODEL,
         )
-    text = "\n".join(str(part) for part in _chain(error))
-    if "dispatched on the CPU" in text or "offload_folder" in text:
-        return DeviceMemoryError(
-            f"the {format_bytes(needed)} of weights of {name} do not fit on {device}{_free(device)}",
-            hint="leave out --quantize to let --device-map use the machine's memory, or use a smaller model",
-        )
-    if "`tp_plan`" in str(error):
-        return parallel.no_plan(name)
-    if "attn_implementation" in str(error):
-        return UnsupportedError(
-            f"{name} does not run on the attention back-end {options.attn}", hint="use --attn eager"
-        )
-    if isinstance(error, ImportError) or "pip install" in text:
-        return ModelError(
-            f"the weights of {name} need a package that is missing: {first_line(error)}", hint="install it"
-        )
-    if "size mismatch" in text or "mismatched" in text.lower() or "ignore_mismatched_sizes" in text:
-        return ModelError(
-            f"the weights of {name} do not match its config: their shapes differ",
-            hint="config.json and the weights must come from the same model",
-        )
-    return ModelError(
-        f"{name} cannot be loaded: {first_line(error)}",
-        hint="config.json and the weights must come from the same model",
-    )
-
-
-def _free(device: Any) -> str:
-    """How much of a CUDA device is free, in words; nothing where that is not known."""
-    import torch
-
-    if device.type != "cuda":
-        return ""
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:
-        return ""
-    return f"; {format_bytes(free)} of {format_bytes(total)} are free"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a device or on the host."""
-    import torch
-
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        word in str(error) for word in words
-    )
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line: its first line (and what it announces), or its kind when it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _plain(dtype: Any) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from plphp_cli.errors import UsageError
+from plphp_cli.models.choices import check_names
 
 QUANTIZE = ("4bit", "8bit")
 DEVICE_MAPS = ("auto",)
@@ -41,6 +42,7 @@ class LoadOptions:
 
     def check(self) -> None:
         """Refuse what can be refused without loading anything. Raises `UsageError`."""
+        check_names(self.dtype, self.device, self.attn)
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise UsageError(f"quantize {self.quantize!r}; expected {' or '.join(QUANTIZE)}")
         if self.device_map is not None and self.device_map not in DEVICE_MAPS:
@@ -91,7 +93,7 @@ def parse_processor_args(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise UsageError(
                 f"processor argument {word!r}; expected KEY=VALUE",
-                hint="e.g. --processor-arg max_pixels=401408",
+                hint="e.g. --processor-arg do_convert_rgb=true; which there are, the model's processor says",
             )
         if name in found:
             raise UsageError(f"processor argument {name} is given twice", hint="give it once")

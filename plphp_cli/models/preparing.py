@@ -1,9 +1,15 @@
 """From decoded images and text to a model's inputs."""
 
+import contextlib
 import inspect
+import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from PIL import Image
 
 from plphp_cli import families
 from plphp_cli.errors import ImageError, ModelError, UnsupportedError, UsageError
@@ -17,9 +23,17 @@ from plphp_cli.models.conversation import (
     is_placed,
     messages,
 )
+from plphp_cli.models.failures import beginning, first_line
 from plphp_cli.models.loaded import LoadedModel
-from plphp_cli.models.loading import first_line, quiet
+from plphp_cli.models.loading import quiet
 from plphp_cli.prompt import Prompt
+
+# What transformers' validator says of a value, before it goes through every kind that would have done.
+_UNFIT = re.compile(r"Validation error for field '(\w+)'.*?doesn't match any type in \((.*?)\)\.", re.DOTALL)
+# Larger images are not prepared a second time only to say what their size would have cost.
+_TRIED_PIXELS = 1 << 24
+# Per processor: vision tokens of images at their full sizes.
+_AT_FULL_SIZE: WeakKeyDictionary[Any, dict[tuple[tuple[int, int], ...], int]] = WeakKeyDictionary()
 
 
 def prepare(
@@ -127,6 +141,8 @@ def _prepared(
         notes.append(f"this model's chat template puts images elsewhere than where {PLACEHOLDER} stands")
     prompt_tokens = inputs["input_ids"].shape[1]
     notes += [f"{image.path}: {note}" for image in images for note in image.notes]
+    if _saved_nothing(loaded, conversation, template, images, vision_tokens):
+        notes.append(f"reducing saved no vision tokens: at full size there are {vision_tokens}, too")
     if typed:
         notes.append(f"{', '.join(typed)} in the text is read as plain text, not as a special token")
     limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -192,12 +208,27 @@ def _process(
             processor_kwargs={"return_text_replacement_offsets": True, **loaded.options.processor_args},
         )
     except Exception as error:
+        if (unfit := _unfit_argument(loaded, error)) is not None:
+            raise unfit from error
         hint = "remove special tokens from the text" if sanitize else "try another image size (--max-pixels)"
         if loaded.options.processor_arg:
             hint = f"check --processor-arg {' '.join(loaded.options.processor_arg)}"
         raise ImageError(
-            f"the processor of {loaded.name} refuses the prompt: {first_line(error)}", hint=hint
+            f"the processor of {loaded.name} refuses the prompt: {beginning(error)}", hint=hint
         ) from error
+
+
+def _unfit_argument(loaded: LoadedModel, error: Exception) -> UsageError | None:
+    """The one of the user's arguments that a failure is about, with the kinds of values that it takes."""
+    found = _UNFIT.search(str(error))
+    if found is None or found[1] not in loaded.options.processor_args:
+        return None
+    kinds = [kind for kind in re.sub(r"<class '(\w+)'>", r"\1", found[2]).split(", ") if kind != "NoneType"]
+    value = json.dumps(loaded.options.processor_args[found[1]])
+    return UsageError(
+        f"processor argument {found[1]}={value[:60]} is of no kind that {loaded.name} takes",
+        hint=f"its image processor takes {', '.join(kinds)[:120]}",
+    )
 
 
 def _vision_tokens(
@@ -227,6 +258,53 @@ def _vision_tokens(
             else "remove the model's own image token from the text",
         )
     return found, counts if counts is None or len(counts) == images else None
+
+
+def _saved_nothing(
+    loaded: LoadedModel,
+    conversation: list[dict[str, Any]],
+    template: str | None,
+    images: Sequence[LoadedImage],
+    vision_tokens: int,
+) -> bool:
+    """Whether images were reduced in vain: as many tokens come of blank ones at their full size.
+
+    False, too, where the full size is too large to be tried.
+    """
+    full = tuple(map(_full_size, images))
+    if full == tuple(image.image.size for image in images):
+        return False
+    if sum(width * height for width, height in full) > _TRIED_PIXELS:
+        return False
+    counts = _AT_FULL_SIZE.setdefault(loaded.processor, {})
+    if full not in counts:
+        blanks = iter([Image.new("RGB", size) for size in full])
+        swapped = [
+            {
+                **said,
+                "content": [
+                    {**part, "image": next(blanks)} if part["type"] == "image" else part
+                    for part in said["content"]
+                ],
+            }
+            for said in conversation
+        ]
+        with quiet(), contextlib.suppress(ImageError, UsageError):
+            counts[full] = _count(loaded, _process(loaded, swapped, template, sanitize=False))
+    return counts.get(full) == vision_tokens
+
+
+def _full_size(image: LoadedImage) -> tuple[int, int]:
+    """Width and height before it was reduced, upright."""
+    width, height = image.original_size
+    turned = (width > height) != (image.image.size[0] > image.image.size[1])
+    return (height, width) if turned else (width, height)
+
+
+def _count(loaded: LoadedModel, inputs: Mapping[str, Any]) -> int:
+    from plphp_cli.vision import image_token_id
+
+    return int((inputs["input_ids"] == image_token_id(loaded.model.config)).sum())
 
 
 def _synchronize(device: Any) -> None:

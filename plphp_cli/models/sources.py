@@ -112,6 +112,16 @@ def read_config_json(source: Source) -> dict[str, Any]:
     return config
 
 
+def again(source: Source, file: str) -> str:
+    """What to do about a file of a model that is broken or missing, in words for a hint."""
+    if source.builtin:
+        return "install plphp-cli again"
+    if source.revision is None:
+        return "copy or save the model into the folder again"
+    # The cache would go on giving out the copy that it has.
+    return f"fetch it again: hf download {source.name} {file} --revision {source.revision} --force-download"
+
+
 def weight_files(source: Source) -> list[Path]:
     """The model's weight files.
 
@@ -126,7 +136,7 @@ def weight_files(source: Source) -> list[Path]:
             files = [folder / name for name in sorted(set(shards))]
         except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise ModelError(
-                f"{index.name} of {source.name} is broken: {error}", hint="fetch it again"
+                f"{index.name} of {source.name} is broken: {error}", hint=again(source, index.name)
             ) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -22,27 +22,28 @@ def begun_line(turn: TurnRecord) -> str:
 def turn_line(turn: TurnRecord) -> str:
     """What a turn came to, its quality apart."""
     parts = [
-        f"{len(turn.token_ids)} tokens, stopped by {turn.stop_reason or NOT_AVAILABLE}",
+        f"{len(turn.token_ids)} tokens ({turn.stop_reason or NOT_AVAILABLE})",
         f"TTFT {format_seconds(turn.ttft_s)}",
     ]
     if turn.decode_tokens_per_s is not None:
         parts.append(format_rate(turn.decode_tokens_per_s))
     held, full = turn.kv_bytes_held, turn.kv_bytes_full
-    parts.append(f"KV cache held {format_bytes(held)} of {format_bytes(full)}")
+    parts.append(f"KV cache {format_bytes(held)} of {format_bytes(full)}")
     return "; ".join(parts)
 
 
-def quality_line(turn: TurnRecord) -> str:
-    """What a turn's cut costs against the unpruned full prompt."""
+def quality_lines(turn: TurnRecord) -> list[str]:
+    """What a turn's cut costs against the unpruned full prompt; and what its own would, had it one."""
     found = turn.quality
     if found is None:
-        return "quality: N/A"
+        return ["quality: N/A"]
     if not found.positions:
-        return "the unpruned answer is one token, which no cut changes"
-    line = f"along the unpruned answer: KL {_cost(found.kl_mean, found.top1_agreement)}"
+        return ["the unpruned answer is one token, which no cut changes"]
+    lines = [f"{_cost(found.kl_mean, found.top1_agreement)} along the unpruned answer"]
     if turn.how == CONTINUED:
-        line += f"; cut for this question: KL {_cost(found.kl_mean_cut_anew, found.top1_agreement_cut_anew)}"
-    return line
+        anew = _cost(found.kl_mean_cut_anew, found.top1_agreement_cut_anew)
+        lines.append(f"{anew} if cut for this question")
+    return lines
 
 
 def closing_line(record: ChatRecord) -> str | None:
@@ -67,4 +68,4 @@ def closing_line(record: ChatRecord) -> str | None:
 
 
 def _cost(nats: float | None, agreement: float | None) -> str:
-    return f"{format_number(nats, 4)} nats a token, top-1 agreement {format_percent(agreement)}"
+    return f"KL {format_number(nats, 4)} nats a token, top-1 agreement {format_percent(agreement)}"
