@@ -200,9 +200,7 @@ def _card(
         notes.append(lie.note)
     family = families.find(config.model_type)
     if family is None:
-        notes.append(
-            f"pruning is not proven on model type {config.model_type}; its config tells nothing against it"
-        )
+        notes.append(families.unproven(config.model_type))
     one = next(_layer_configs(text, kinds, FULL))
     return ModelCard(
         name=source.name,

@@ -273,6 +273,14 @@ def refusal(
     )
 
 
+def unproven(model_type: str) -> str:
+    """What is to be known of a model whose type is in no family, though no assumption fails on its config."""
+    return (
+        f"pruning is not proven on model type {model_type}: nothing in its config is against it; "
+        "`plphp profile --compare-stock` compares it with plain generation"
+    )
+
+
 def table() -> str:
     """The families as a Markdown table, as the README shows it."""
     rows = [

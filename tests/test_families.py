@@ -215,7 +215,10 @@ def test_the_readme_names_each_refused_type_by_the_assumption_that_fails():
             refused.setdefault(Assumption[failed(name)], []).append(f"`{name}`")
     expected = "\n".join(f"| {why} | {', '.join(sorted(names))} |" for why, names in sorted(refused.items()))
     rows = dict(re.findall(r"^\| (.+) \| (`.+) \|$", between("refused"), re.MULTILINE))
-    for why, names in refused.items():
-        assert set(names) <= set(rows.get(why, "").split(", ")), expected
+    told = {name for row in rows.values() for name in row.split(", ")}
+    assert {name for names in refused.values() for name in names} <= told, expected
+    # Older transformers lay out the cache of some in another way.
     if NEWEST:
-        assert sum(len(row.split(", ")) for row in rows.values()) == len(ALL) - len(STATED), expected
+        assert {why: set(row.split(", ")) for why, row in rows.items()} == {
+            why: set(names) for why, names in refused.items()
+        }, expected

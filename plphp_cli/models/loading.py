@@ -137,10 +137,7 @@ def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> 
     if options.trust_remote_code and config_json.get("auto_map"):
         found.append("the model runs code of its own, on which pruning is not proven")
     elif families.find(model.config.model_type) is None:
-        found.append(
-            f"pruning is not proven on model type {model.config.model_type}: all that its config tells is as "
-            "the method assumes; `plphp profile --compare-stock` compares with plain generation"
-        )
+        found.append(families.unproven(model.config.model_type))
     return tuple(found)
 
 
