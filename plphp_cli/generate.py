@@ -344,7 +344,7 @@ class _Sampler:
             min_new_tokens=None if settings.stop_at_eos else settings.max_new_tokens,
             **(options if self.sample else {}),
         )
-        model._prepare_special_tokens(config, True, device=prompt.device, batch_size=1)
+        model._prepare_special_tokens(config, True, device=prompt.device)
         self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
         self.processors = model._get_logits_processor(
             config, prompt.shape[1], encoder_input_ids=prompt, device=prompt.device, model_kwargs={}

@@ -90,7 +90,7 @@ def test_a_fork_is_independent_of_its_original():
 
 def test_forking_a_cache_copies_layers_of_any_kind():
     cache = DynamicCache()
-    cache.layers = [prefilled(10), DynamicSlidingWindowLayer(4)]
+    cache.layers = [prefilled(10), DynamicSlidingWindowLayer(sliding_window=4)]
     cache.layers[1].update(*states(10))
     twin = fork_cache(cache, room=3)
     twin.layers[0].update(*states(1))
