@@ -173,6 +173,11 @@ def test_one_forward_call_is_a_prefill_of_its_own(llava):
     assert pruner.layers[0].held_bytes < pruner.layers[0].full_bytes
 
 
+predicts_many = pytest.mark.skipif(
+    not hasattr(GenerationConfig(), "use_mtp"), reason="this transformers has no multi-token prediction"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -181,13 +186,7 @@ def test_one_forward_call_is_a_prefill_of_its_own(llava):
         ({"prompt_lookup_num_tokens": 2}, "assisted decoding"),
         ({"assistant_model": "itself"}, "assisted decoding"),
         ({"assistant_early_exit": 1}, "assisted decoding"),
-        pytest.param(
-            {"use_mtp": True},
-            "assisted decoding",
-            marks=pytest.mark.skipif(
-                not hasattr(GenerationConfig(), "use_mtp"), reason="this transformers has no multi-token prediction"
-            ),
-        ),
+        pytest.param({"use_mtp": True}, "assisted decoding", marks=predicts_many),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
         ({"dola_layers": "low"}, "DoLa"),
         ({"force_words_ids": [[5]]}, "constrained beam search"),

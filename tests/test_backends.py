@@ -9,6 +9,7 @@ import torch
 from fake_flash import flash  # noqa: F401
 from families import as_prompt, load
 from laws import CUT, answer
+from torch._inductor.exc import InductorError
 
 from plphp_cli import backends, models
 from plphp_cli.attention import prune
@@ -55,7 +56,20 @@ def test_law_with_flex_attention(law, name, uncompiled):
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="flex attention needs a compiler")
 def test_rate_one_equals_stock_with_compiled_flex_attention():
     family = on("llava", FLEX)
-    laws.rate_one_equals_stock(replace(family, prompts=family.prompts[:1]))
+    if stock_compiles(family):
+        laws.rate_one_equals_stock(replace(family, prompts=family.prompts[:1]))
+        return
+    with pytest.raises(UnsupportedError, match="torch cannot compile"), prune(family.model, CUT):
+        answer(family.model, family.prompts[0])
+
+
+def stock_compiles(family):
+    """Whether torch compiles for the model unpruned: 2.11 makes faulty code for older transformers."""
+    try:
+        answer(family.model, family.prompts[0])
+    except InductorError:
+        return False
+    return True
 
 
 @pytest.mark.usefixtures("flash")
