@@ -6,10 +6,11 @@ from dataclasses import replace
 import laws
 import pytest
 import torch
+import transformers
 from fake_flash import flash  # noqa: F401
 from families import as_prompt, load
 from laws import CUT, answer
-from torch._inductor.exc import InductorError
+from packaging.version import Version
 
 from plphp_cli import backends, models
 from plphp_cli.attention import prune
@@ -54,22 +55,13 @@ def test_law_with_flex_attention(law, name, uncompiled):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="flex attention needs a compiler")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12") and Version(transformers.__version__) < Version("5.15"),
+    reason="torch 2.11 makes faulty C++ of this transformers' own call, pruned or not, and keeps its tensors",
+)
 def test_rate_one_equals_stock_with_compiled_flex_attention():
     family = on("llava", FLEX)
-    if stock_compiles(family):
-        laws.rate_one_equals_stock(replace(family, prompts=family.prompts[:1]))
-        return
-    with pytest.raises(UnsupportedError, match="torch cannot compile"), prune(family.model, CUT):
-        answer(family.model, family.prompts[0])
-
-
-def stock_compiles(family):
-    """Whether torch compiles for the model unpruned: 2.11 makes faulty code for older transformers."""
-    try:
-        answer(family.model, family.prompts[0])
-    except InductorError:
-        return False
-    return True
+    laws.rate_one_equals_stock(replace(family, prompts=family.prompts[:1]))
 
 
 @pytest.mark.usefixtures("flash")
