@@ -43,7 +43,7 @@ _VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH"),
 )
 # The versions that the method's laws were run on; `pyproject.toml` says the same.
-OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 10), (5, 24)
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 15), (5, 24)
 # A 7B model in bfloat16, and room to unpack it.
 _ROOM_BYTES = 20 << 30
 _TIMEOUT_S = 300.0

@@ -170,7 +170,7 @@ def test_a_processor_that_refuses_the_image_costs_the_figure_alone(without_weigh
     assert "chat template" in card.image.unknown
     report = card_report(card, 80)
     assert any(line.endswith("N/A: the chat template fails") for line in report.splitlines())
-    assert card.image.unknown in " ".join(report.split())
+    assert "".join(card.image.unknown.split()) in "".join(report.split())  # a long path is broken
     assert max(map(len, report.splitlines())) <= 80
 
 

@@ -180,7 +180,7 @@ def test_a_type_not_known_here_works_and_says_that_it_is_not_proven(toy, images,
     assert (card.family, card.brief) == (None, False)
     assert any("not proven" in note for note in card.notes)
     assert main(["models", toy]) == 0
-    assert "llava (not proven)" in " ".join(capsys.readouterr().out.split())
+    assert "family none, and not proven" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", ["run", "profile", "sweep", "calibrate", "models"])
