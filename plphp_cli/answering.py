@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.profiling.records import CompileRecord
-from plphp_cli.results import GenerationRecord
+from plphp_cli.results import MIN_DECODE_STEPS, CompileRecord, GenerationRecord
 from plphp_cli.serialize import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ class AnswerRecord:
     """One prompt's answer. Bytes are of its prompt's cache after the cut, and of what it would be uncut.
 
     `line` is its line in the file; `expected` the answer that the file names; `stop_reason` is `eos`,
-    `length` or `interrupted`.
+    `stop`, `length`, `interrupted` or `failed`.
     """
 
     line: int | None
@@ -44,11 +43,9 @@ class AnswersRecord:
     """All answers, and what they took.
 
     Attributes:
-        prefill_s: all prefills, one after another, without image preprocessing; `decode_s` all decoding, of
-            whole batches, without compiling.
-        decode_tokens_per_s: of all sequences together; first tokens are left out.
-        kv_padding_share: bytes of cache that steps read beyond what is held, over what is held: none is,
-            since each sequence keeps a buffer of its own, and one that ended is read no more.
+        prefill_s: all prefills, one after another, without image preprocessing; no warm-up goes before.
+        decode_s: from a batch's first tokens to its last, over all batches, without compiling.
+        decode_tokens_per_s: all sequences' tokens but their first, over `decode_s`; None under 16 steps.
         compiled: captures, hits and seconds of compiling; None where that was not asked for.
     """
 
@@ -60,7 +57,6 @@ class AnswersRecord:
     prefill_s: float
     decode_s: float
     decode_tokens_per_s: float | None
-    kv_padding_share: float = 0.0
     compiled: CompileRecord | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
@@ -93,7 +89,7 @@ class Answering:
     ) -> None:
         self.answers: list[AnswerRecord] = []
         self.prefill_s = self.decode_s = 0.0
-        self.decoded = 0
+        self.decoded = self.steps = 0
         self._loaded, self._config, self._settings = loaded, config, settings
         self._batch_size, self._compiler = batch_size, compiler
         self._answered, self._check = answered, check
@@ -108,29 +104,42 @@ class Answering:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Of all sequences together; None before anything was decoded."""
-        return self.decoded / self.decode_s if self.decoded and self.decode_s > 0 else None
-
-    def _compiling_s(self) -> float:
-        return 0.0 if self._compiler is None else self._compiler.stats.compile_s
+        """Of all sequences together; None under 16 steps."""
+        return self.decoded / self.decode_s if self.steps >= MIN_DECODE_STEPS and self.decode_s > 0 else None
 
     def _batch(self, questions: Sequence["Question"], pruner: Any) -> None:
-        from plphp_cli.decoding import decode_batch
-        from plphp_cli.generate import Done, prefill
+        from plphp_cli.generate import prefill
         from plphp_cli.models import prepare
 
-        started, runs, prompts = time.perf_counter(), [], []
+        runs: list[Any] = []
+        prompts: list[Any] = []
+        failure: Exception | None = None
         for question in questions:
-            prompt = prepare(self._loaded, question.images, question.prompt, question.system)
-            runs.append(prefill(self._loaded, prompt, pruner, self._settings.max_new_tokens))
+            try:
+                prompt = prepare(self._loaded, question.images, question.prompt, question.system)
+                started = time.perf_counter()
+                runs.append(prefill(self._loaded, prompt, pruner, self._settings.max_new_tokens))
+                _synchronize(self._loaded.device)
+            except Exception as error:
+                if not runs:
+                    raise
+                failure = error  # those before it are answered first
+                break
+            self.prefill_s += time.perf_counter() - started
             prompts.append(prompt)
             self._check()
-        _synchronize(self._loaded.device)
-        prefilled = time.perf_counter()
-        self.prefill_s += prefilled - started - sum(prompt.preprocess_s for prompt in prompts)
-        compiling = self._compiling_s()
+        self._decode(questions[: len(runs)], runs, prompts)
+        if failure is not None:
+            raise failure
+
+    def _decode(self, questions: Sequence["Question"], runs: Sequence[Any], prompts: Sequence[Any]) -> None:
+        """Decode prefilled prompts together, and record each answer, or what there was of it by a failure."""
+        from plphp_cli.decoding import decode_batch
+        from plphp_cli.generate import Done
+
         texts: dict[int, list[Any]] = {place: [] for place in range(len(questions))}
         done: dict[int, Any] = {}
+        broken = "failed"
         try:
             for row in decode_batch(self._loaded, runs, self._settings, self._compiler):
                 if isinstance(row.event, Done):
@@ -138,10 +147,14 @@ class Answering:
                 else:
                     texts[row.index].append(row.event)
                 self._check()
+        except KeyboardInterrupt:
+            broken = "interrupted"
+            raise
         finally:
-            _synchronize(self._loaded.device)
-            self.decode_s += time.perf_counter() - prefilled - (self._compiling_s() - compiling)
+            times = [token.elapsed_s for tokens in texts.values() for token in tokens]
+            self.decode_s += max(times, default=0.0) - min(times, default=0.0)
             self.decoded += sum(max(0, len(tokens) - 1) for tokens in texts.values())
+            self.steps += max(0, max(map(len, texts.values())) - 1)
             # A batch that failed before its first token has no answers to record.
             for place, question in enumerate(questions if any(texts.values()) else ()):
                 tokens, whole = texts[place], done.get(place)
@@ -151,7 +164,7 @@ class Answering:
                     prompt=question.prompt,
                     text="".join(token.text for token in tokens) if whole is None else whole.text,
                     new_tokens=len(tokens),
-                    stop_reason="interrupted" if whole is None else whole.stop_reason,
+                    stop_reason=broken if whole is None else whole.stop_reason,
                     prompt_tokens=prompts[place].prompt_tokens,
                     vision_tokens=prompts[place].vision_tokens,
                     kv_bytes_held=sum(layer.held_bytes for layer in runs[place].state.layers),

@@ -66,6 +66,16 @@ class CompileStats:
         return self.hits / self.joins if self.joins else None
 
 
+def caveats(loaded: "LoadedModel") -> list[str]:
+    """What a reader must know of compiled steps on this model's device, with its attention back-end."""
+    found = []
+    if loaded.attn != "sdpa":
+        found.append(f"compiled steps do not attend by {loaded.attn}, which is for prefill and other steps")
+    if loaded.device.type == "cpu":
+        found.append("compiled steps seldom pay on a CPU: a step waits for memory there, not for launches")
+    return found
+
+
 class StepCompiler:
     """Compiled steps of one model, kept for as long as this lives; nothing is left on the model.
 

@@ -182,13 +182,13 @@ def decode_batch(
 ) -> Iterator[Row]:
     """Decode prefilled prompts together, inside `prune`; `elapsed_s` counts from the start of decoding.
 
-    The next step starts before its token is read: the device never waits for Python. A sequence that ends
-    leaves the batch; what it ran further by then is forgotten.
+    From the second token on the next step starts before its token is read, so that the device never waits for
+    Python; the first token's time is taken before any step, and each later one's after as many steps. A
+    sequence that ends leaves the batch; what it ran further by then is forgotten.
     """
     count = settings.max_new_tokens
     rows = [_Sequence(loaded, prompt, index, settings) for index, prompt in enumerate(prompts)]
-    # On a CPU a step ahead would only delay the token.
-    overlap = prompts[0].input_ids.device.type == "cuda"
+    overlap = runs_ahead(prompts[0].input_ids.device)
     watch = _Stopwatch(clock, prompts[0].input_ids.device)
     logits = torch.stack([prompt.logits for prompt in prompts])
     batch: DecodeBatch | None = None
@@ -199,10 +199,13 @@ def decode_batch(
             compiled_s = _compile_s(compiler)
             batch = DecodeBatch(loaded, prompts, count - 1, compiler)
             watch.skip(_compile_s(compiler) - compiled_s)
-        if overlap and more and batch is not None:
-            logits = batch.step(tokens)
+        ahead = batch if overlap and more else None
+        if ahead is not None and index:
+            logits = ahead.step(tokens)
         ids = reading.ids()
         elapsed_s = watch.elapsed_on_host()
+        if ahead is not None and not index:
+            logits = ahead.step(tokens)
         for row, token_id in zip(rows, ids, strict=True):
             if not row.ended:
                 events = iter(row.take(index, token_id, elapsed_s, last=not more))
@@ -225,6 +228,11 @@ def decode_batch(
             logits = batch.step(tokens)
     if batch is not None:
         batch.settle(unread=int(overlap and more))
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether a step starts before its token is read; on a CPU that would only delay the token."""
+    return device.type == "cuda"
 
 
 def _compile_s(compiler: StepCompiler | None) -> float:

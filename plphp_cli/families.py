@@ -124,8 +124,15 @@ FAMILIES = (
     ),
     _brief(
         "Gemma 4",
-        ("gemma4", "gemma4_unified"),
+        ("gemma4",),
         IMAGE,
+        "any size, mask open within an image; sliding layers left alone; not E2B, E4B (shared caches)",
+        torchvision=True,
+    ),
+    _brief(
+        "Gemma 4 Unified",
+        ("gemma4_unified",),
+        PROMPT,
         "any size, mask open within an image; sliding layers left alone; not E2B, E4B (shared caches)",
         torchvision=True,
     ),

@@ -5,7 +5,7 @@ No torch here: a record can be read and shown on any machine.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from plphp_cli.config import PLPHPConfig
@@ -22,6 +22,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "ArmRecord",
     "BoundRecord",
+    "CompileRecord",
     "GenerationRecord",
     "ImageRecord",
     "LayerRecord",
@@ -243,8 +244,41 @@ class RanksByArm:
 
 
 @dataclass(frozen=True)
+class CompileRecord:
+    """Compiled steps, as `compiled.CompileStats` counts them: captures + hits = joins.
+
+    Attributes:
+        captures: graphs captured (on a CPU: numbers of rows that layers were compiled for).
+        hits: joins that an earlier capture served.
+        joins: prompts put together: as a batch begins, and as it goes on without those that ended.
+        batches: batches that began with compiled steps.
+        evictions: captures let go for newer ones.
+        hit_rate: hits over joins; None before any.
+        compile_s: seconds of compiling and capturing.
+        refused: why steps ran uncompiled from some point on; None where they were compiled.
+    """
+
+    captures: int
+    batches: int
+    hit_rate: float | None
+    compile_s: float
+    refused: str | None = None
+    hits: int = 0
+    joins: int = 0
+    evictions: int = 0
+
+    @classmethod
+    def from_stats(cls, stats: Any) -> Self:
+        """The record of one `compiled.CompileStats`."""
+        return cls(**asdict(stats), hit_rate=stats.hit_rate)
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """Everything that `plphp run` has to say. `layers` are the pruned arm's; `ranks` is of torchrun alone."""
+    """Everything that `plphp run` has to say.
+
+    `layers` are the pruned arm's; `ranks` is of torchrun alone, `compiled` of `--compile`.
+    """
 
     model: str
     config: PLPHPConfig
@@ -262,6 +296,7 @@ class RunRecord:
     ratios: dict[str, RatioRecord] = field(default_factory=dict)
     bound: BoundRecord | None = None
     ranks: RanksByArm | None = None
+    compiled: CompileRecord | None = None
     notes: tuple[str, ...] = ()
     interrupted: bool = False
     command: str = "run"

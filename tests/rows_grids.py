@@ -339,7 +339,7 @@ def gemma4(seed: int = 0) -> Family:
 
 def gemma4_unified(seed: int = 0) -> Family:
     vision = {"mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32}
-    return _gemma4("gemma4_unified", seed, vision, 32, 192)
+    return replace(_gemma4("gemma4_unified", seed, vision, 32, 192), tells_images=False)
 
 
 ROWS = (

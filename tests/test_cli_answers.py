@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,40 @@ def test_bad_input_is_one_line(words, named, capsys):
     error = capsys.readouterr().err
     assert named in error
     assert "Traceback" not in error
+
+
+def test_what_was_prefilled_before_a_prompt_that_fails_is_answered(capsys, prompts, toy):
+    whole, _ = answers(capsys, prompts, toy)
+    lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+    bad = json.dumps({**json.loads(lines[2]), "prompt": "<image> and <image>?"})
+    target = Path(prompts).with_name("bad.jsonl")
+    target.write_text("\n".join([*lines[:2], bad, lines[3]]) + "\n", encoding="utf-8")
+    words = ["--data", str(target), "--max-new-tokens", "8", "--batch-size", "4"]
+    assert main(["run", "--model", toy, "--device", "cpu", *words]) != 0
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == whole[:2]
+    assert "\nerror: " in printed.err
+
+
+def test_a_rate_is_of_sixteen_steps_or_unknown(capsys, prompts, toy, tmp_path):
+    def record(tokens):
+        target = tmp_path / f"{tokens}.json"
+        words = [
+            "--data",
+            prompts,
+            "--batch-size",
+            "4",
+            "--max-new-tokens",
+            str(tokens),
+            "--json",
+            str(target),
+        ]
+        assert main(["run", "--model", toy, "--device", "cpu", *words]) == 0
+        capsys.readouterr()
+        return parse(AnswersRecord, target.read_text(encoding="utf-8"))
+
+    few, many = record(8), record(40)
+    assert few.decode_tokens_per_s is None
+    assert max(answer.new_tokens for answer in many.answers) > 16
+    later = sum(answer.new_tokens - 1 for answer in many.answers)
+    assert many.decode_tokens_per_s == pytest.approx(later / many.decode_s)

@@ -8,6 +8,7 @@ from families import as_prompt, load
 from laws import CUT, snapshot
 
 from plphp_cli import compiled as compiled_module
+from plphp_cli import decoding as decoding_module
 from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.decoding import DecodeBatch, decode_batch, step_compiler
@@ -269,3 +270,20 @@ def test_a_layer_whose_forward_is_another_s_is_not_compiled():
         assert vars(layer)["forward"] is own
     finally:
         del vars(layer)["forward"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_as_many_steps_as_tokens_lie_between_the_first_time_and_any_other(monkeypatch, ahead):
+    """Whether a step starts before its token is read (CUDA) or not: the clock here counts finished steps."""
+    family, steps = load("llava"), []
+    step = DecodeBatch.step
+    monkeypatch.setattr(DecodeBatch, "step", lambda batch, ids: (steps.append(1), step(batch, ids))[1])
+    monkeypatch.setattr(decoding_module, "runs_ahead", lambda device: ahead)
+    settings = Settings(STEPS, stop_at_eos=False)
+    with torch.no_grad(), prune(family.model, None) as pruner:
+        runs = prefilled(family, policies(), pruner)
+        events = decode_batch(family.loaded, runs, settings, clock=lambda: float(len(steps)))
+        times = [row.event.elapsed_s for row in events if row.index == 0 and isinstance(row.event, Token)]
+    assert times[0] == 0
+    assert times[-1] == len(times) - 1 == len(steps)
+    assert all(time >= place for place, time in enumerate(times))

@@ -8,14 +8,14 @@ from typing import Any
 from plphp_cli.answering import Answering, AnswerRecord, AnswersRecord
 from plphp_cli.cli.failures import explained
 from plphp_cli.cli.interrupts import Interrupts
-from plphp_cli.cli.loading import load_model, settings_of
+from plphp_cli.cli.loading import load_model, model_notes, settings_of
 from plphp_cli.cli.output import print_error, say, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
 from plphp_cli.errors import UsageError
-from plphp_cli.profiling.records import CompileRecord
 from plphp_cli.profiling.state import Question
-from plphp_cli.reports.profile_text import compiled_steps
+from plphp_cli.reports.profile_text import compiled_steps, plural
 from plphp_cli.reports.terminal import config_line
+from plphp_cli.results import CompileRecord
 from plphp_cli.serialize import to_json
 from plphp_cli.units import format_bytes, format_percent, format_rate, format_seconds
 
@@ -81,12 +81,15 @@ def _begin(
     request: RunRequest, batch_size: int, lines: bool, interrupts: Interrupts
 ) -> tuple[Answering, Any]:
     """The work, with the model loaded, and what makes its record (told whether it was broken off)."""
+    from plphp_cli.compiled import caveats
     from plphp_cli.decoding import step_compiler
     from plphp_cli.environment import environment
 
     loaded = load_model(request.model, request.options, say, interrupts.check)
     settings = settings_of(request.generation)
     compiler = step_compiler(loaded) if request.compile else None
+    for note in (*model_notes(loaded), *(caveats(loaded) if request.compile else ())):
+        say(f"note: {note}")
 
     def answered(record: AnswerRecord) -> None:
         if lines:
@@ -119,13 +122,14 @@ def _summary(record: AnswersRecord) -> None:
     held = sum(answer.kv_bytes_held for answer in record.answers)
     full = sum(answer.kv_bytes_full for answer in record.answers)
     say(
-        f"{len(record.answers)} answers in batches of {record.batch_size}: prefill in all "
-        f"{format_seconds(record.prefill_s)}, decoding together {format_rate(record.decode_tokens_per_s)}"
+        f"{plural(len(record.answers), 'answer')} in batches of {record.batch_size}, without a warm-up: "
+        f"prefill in all {format_seconds(record.prefill_s)}, "
+        f"decoding together {format_rate(record.decode_tokens_per_s)}"
     )
     share = held / full if full else None
     say(
         f"KV cache held {format_bytes(held)} of {format_bytes(full)} ({format_percent(share)}) over all "
-        "prompts; no padding is read"
+        "prompts; nothing is padded"
     )
     if record.compiled is not None:
         say(compiled_steps(record.compiled))

@@ -11,13 +11,13 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.images import LoadedImage
 from plphp_cli.memory import MemorySampler, MemorySnapshot
 from plphp_cli.models.options import LoadOptions
-from plphp_cli.profiling.records import CompileRecord
 from plphp_cli.reports.profile_text import compiled_steps
 from plphp_cli.reports.snapshot import DECODING, DONE, INTERRUPTED, PREFILL, ArmSnapshot, LiveSnapshot
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.results import (
     ArmRecord,
     BoundRecord,
+    CompileRecord,
     GenerationRecord,
     ImageRecord,
     LayerRecord,
@@ -120,7 +120,7 @@ class RunSession:
             f"{identity(loaded)}, {images} image{'s'[: images != 1]}, "
             f"{prompt.prompt_tokens} tokens, {prompt.vision_tokens} vision"
         )
-        for note in (*model_notes(loaded), *prompt.notes):
+        for note in (*model_notes(loaded), *prompt.notes, *self._caveats()):
             self._say(f"note: {note}")
         self._say(what)
         self._view = replace(
@@ -220,14 +220,21 @@ class RunSession:
             ratios=run_ratios(pruned, compared),
             bound=self._bound(pruned),
             ranks=parallel.by_arm(self._ranks),
+            compiled=None if self._compiler is None else CompileRecord.from_stats(self._compiler.stats),
             notes=(
                 *(() if loaded is None else loaded.warnings),
                 *(() if prompt is None else prompt.notes),
+                *self._caveats(),
                 *self.compile_notes(),
                 *notes,
             ),
             interrupted=interrupted,
         )
+
+    def _caveats(self) -> list[str]:
+        from plphp_cli.compiled import caveats
+
+        return caveats(self._loaded) if self._request.compile and self._loaded is not None else []
 
     def compile_notes(self) -> list[str]:
         """What came of compiling; nothing where it was not asked for."""

@@ -6,12 +6,12 @@ No torch here.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.profiling.bound_records import BoundRecord
-from plphp_cli.results import ImageRecord, MemoryRecord
+from plphp_cli.results import CompileRecord, ImageRecord, MemoryRecord
 from plphp_cli.serialize import SCHEMA_VERSION, parse
 
 PRUNED, UNPRUNED, STOCK = "pruned", "unpruned", "stock"
@@ -260,36 +260,6 @@ class SpreadRecord:
     median: float
     quartile_3: float
     maximum: float
-
-
-@dataclass(frozen=True)
-class CompileRecord:
-    """Compiled steps, as `compiled.CompileStats` counts them: captures + hits = joins.
-
-    Attributes:
-        captures: graphs captured (on a CPU: numbers of rows that layers were compiled for).
-        hits: joins that an earlier capture served.
-        joins: prompts put together: as a batch begins, and as it goes on without those that ended.
-        batches: batches that began with compiled steps.
-        evictions: captures let go for newer ones.
-        hit_rate: hits over joins; None before any.
-        compile_s: seconds of compiling and capturing.
-        refused: why steps ran uncompiled from some point on; None where they were compiled.
-    """
-
-    captures: int
-    batches: int
-    hit_rate: float | None
-    compile_s: float
-    refused: str | None = None
-    hits: int = 0
-    joins: int = 0
-    evictions: int = 0
-
-    @classmethod
-    def from_stats(cls, stats: Any) -> Self:
-        """The record of one `compiled.CompileStats`."""
-        return cls(**asdict(stats), hit_rate=stats.hit_rate)
 
 
 @dataclass(frozen=True)

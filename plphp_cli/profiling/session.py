@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from plphp_cli.attention import prune
-from plphp_cli.compiled import StepCompiler
+from plphp_cli.compiled import StepCompiler, caveats
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import step_compiler
 from plphp_cli.generate import Clock, prefill
@@ -27,12 +27,13 @@ from plphp_cli.profiling.fresh import load_model, measure_fresh
 from plphp_cli.profiling.layers import check_bytes, layer_profiles
 from plphp_cli.profiling.machine import how_busy, measure_machine
 from plphp_cli.profiling.pace import Pace, Progress
-from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, CompileRecord, ProfileRecord
+from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, ProfileRecord
 from plphp_cli.profiling.schedule import CONTROL, alternated, slots
 from plphp_cli.profiling.state import KVBytes, ModelFigures, ProfileRequest, PromptState
 from plphp_cli.profiling.timing import Arm, PathArm, StockArm, Timer, time_pruning, time_vision
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
+from plphp_cli.results import CompileRecord
 from plphp_cli.support import layer_kinds
 
 # Passes of their own for the prune time: enough for a median, and a prefill each.
@@ -89,6 +90,7 @@ class ProfileSession:
         self._warnings.extend(loaded.warnings)
         if request.compile:
             self._compiler = step_compiler(loaded)
+            self._warnings.extend(caveats(loaded))
         if request.dummy is not None:
             layers = len(layer_kinds(loaded.model.config))
             request.dummy.check_layers(layers, request.model)
