@@ -4,7 +4,6 @@ Importing it does not import torch or transformers.
 """
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,6 +142,7 @@ def describe(
     from plphp_cli.models import LoadOptions
     from plphp_cli.models.choices import choose_device, choose_dtype
     from plphp_cli.models.loading import quiet, read_config
+    from plphp_cli.models.outline import outline
     from plphp_cli.models.sources import locate, read_config_json
 
     LoadOptions(dtype=dtype, device=device).check()
@@ -155,7 +155,7 @@ def describe(
         notes: list[str] = []
         kind = _weight_dtype(asked, config, notes)
         source = _with_small_files(source)
-        model = _without_storage(config)
+        model = outline(source, config)
     return _card(source, config, model, kind, where, image_size, context, notes)
 
 
@@ -170,7 +170,9 @@ def _card(
     notes: list[str],
 ) -> ModelCard:
     from plphp_cli.models import decoder_weight_bytes
-    from plphp_cli.models.weights import DAMAGED, weights_state
+    from plphp_cli.models.outline import check_size
+    from plphp_cli.models.sources import weight_files
+    from plphp_cli.models.weights import DAMAGED, WHOLE, weights_state
     from plphp_cli.support import FULL, SLIDING, layer_kinds
 
     text = config.get_text_config(decoder=True)
@@ -198,6 +200,11 @@ def _card(
         notes.append("it caps its attention logits, which sdpa does not compute: run it with --attn eager")
     if lie.note is not None:
         notes.append(lie.note)
+    if lie.state == WHOLE:
+        try:
+            check_size(source, config, model, weight_files(source))
+        except PLPHPError as error:
+            notes.append(error.message)
     family = families.find(config.model_type)
     if family is None:
         notes.append(families.unproven(config.model_type))
@@ -241,16 +248,6 @@ def _with_small_files(source: "Source") -> "Source":
             source.name, revision=source.revision, allow_patterns=list(_SMALL), ignore_patterns=["*/*"]
         )
     return source
-
-
-def _without_storage(config: Any) -> Any:
-    """The model with parameters that have a shape and nothing else."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    # A copy, since the model writes its dtype into it.
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def _weight_dtype(asked: Any, config: Any, notes: list[str]) -> "torch.dtype":

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from plphp_cli import models
+from plphp_cli.card import describe
 from plphp_cli.cli.app import main
 from plphp_cli.errors import ImageError, ModelError, UsageError
 from plphp_cli.images import load_image
@@ -90,6 +91,64 @@ def test_of_many_tensors_of_other_shapes_the_first_is_named_and_the_rest_counted
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"has the shape .*; so do 8 more$"):  # 3 layers of 3 matrices
         models.load(str(broken), device="cpu")
+
+
+def change(folder: Path, part: str, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[part] = config[part] | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_config_of_a_far_larger_model_is_refused_before_it_takes_memory(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("it is built")
+
+    # At that size it would end the tests.
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", build)
+    config = json.loads((broken / "config.json").read_text())
+    stored = sum(weight.numel() for weight in load_file(broken / "model.safetensors").values())
+    for text, billions in ((None, 6), (config["text_config"] | {"intermediate_size": 10**8}, 28)):
+        (broken / "config.json").write_text(json.dumps(config | {"text_config": text}))
+        with pytest.raises(ModelError, match=r"^the weights of .* do not match its config: ") as caught:
+            models.load(str(broken), device="cpu")
+        assert f"the files hold {stored:,} numbers, and config.json describes {billions}," in str(
+            caught.value
+        )
+        assert any("do not match its config" in note for note in describe(str(broken), device="cpu").notes)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_of_an_unknown_type_is_named_in_a_short_line(broken: Path, part: str) -> None:
+    change(broken, part, model_type="zork")
+    with pytest.raises(
+        ModelError, match=f"no model type 'zork', which config.json names for its {part}$"
+    ) as c:
+        models.load(str(broken), device="cpu")
+    assert len(c.value.message) < 200
+    assert c.value.hint == "a newer transformers may know it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_act": "zork"}, "text_config.hidden_act = 'zork'"),
+        ({"rope_parameters": {"rope_type": "zork"}}, "text_config.rope_parameters.rope_type = 'zork'"),
+        ({"num_attention_heads": 0, "head_dim": None}, "ZeroDivisionError: "),
+        ({"num_attention_heads": "four"}, "Validation error for field 'num_attention_heads'"),
+    ],
+)
+def test_a_config_that_no_model_can_be_built_from(
+    broken: Path, changes: dict[str, object], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(broken, "text_config", **changes)
+    with pytest.raises(ModelError) as caught:
+        models.load(str(broken), device="cpu")
+    assert caught.value.message.startswith(f"config.json of {broken} cannot be used: {why}")
+    assert "config.json" in str(caught.value.hint)
+    assert main(["models", str(broken), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {caught.value.message}\nhint: ")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,48 @@ _FILES = {
 SAME_MODEL = "config.json and the weights must come from the same model"
 
 
+def config_error(source: Source, config_json: dict[str, Any], error: BaseException) -> ModelError:
+    """For a config that transformers does not take: the part, the value or the reason, in one short line.
+
+    Args:
+        source: the model.
+        config_json: what its `config.json` holds.
+        error: what was raised.
+    """
+    from transformers import CONFIG_MAPPING
+
+    parts = ((f"{place}.{key}" if place else key, value) for place, key, value in _entries(config_json))
+    named = [(place, value) for place, value in parts if isinstance(value, str)]
+    for place, value in named:
+        if place.endswith(".model_type") and value not in CONFIG_MAPPING and value in str(error):
+            part = place.removesuffix(".model_type")
+            return ModelError(
+                f"{source.name}: this version of transformers has no model type {value!r}, "
+                f"which config.json names for its {part}",
+                hint="a newer transformers may know it",
+            )
+    # Of a word that no table has, some errors hold nothing else.
+    word = error.args[0] if isinstance(error, KeyError) and error.args else getattr(error, "name", None)
+    places = [place for place, value in named if value == word]
+    why = beginning(error)
+    if places:
+        why = f"{places[0]} = {word!r}"
+    elif type(error).__module__ == "builtins" and not isinstance(error, ValueError):
+        why = f"{type(error).__name__}: {why}"
+    return ModelError(
+        f"config.json of {source.name} cannot be used: {why}",
+        hint="correct config.json, or fetch or save the model again",
+    )
+
+
+def _entries(config: dict[str, Any], place: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Each entry of a config and of its parts: the part's place, the key, the value."""
+    for key, value in config.items():
+        yield place, key, value
+        if isinstance(value, dict):
+            yield from _entries(value, f"{place}.{key}" if place else key)
+
+
 def own_code_fails(source: Source, error: BaseException) -> ModelError:
     """For code that a model brings."""
     return ModelError(

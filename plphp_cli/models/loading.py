@@ -19,7 +19,7 @@ from plphp_cli.models.choices import (
 )
 from plphp_cli.models.failures import (
     SAME_MODEL,
-    first_line,
+    config_error,
     lacks_files,
     model_error,
     own_code_fails,
@@ -28,6 +28,7 @@ from plphp_cli.models.failures import (
 from plphp_cli.models.hub import offline
 from plphp_cli.models.loaded import LoadedModel
 from plphp_cli.models.options import DEFAULTS, LoadOptions
+from plphp_cli.models.outline import check_size, outline
 from plphp_cli.models.placing import check_packages, described, main_device, placement
 from plphp_cli.models.sources import (
     BUILTIN,
@@ -192,10 +193,7 @@ def read_config(source: Source, config_json: dict[str, Any], trusted: bool = Fal
     except Exception as error:
         if own_code:
             raise own_code_fails(source, error) from error
-        raise ModelError(
-            f"config.json of {source.name} is not a valid {kind} config: {first_line(error)}",
-            hint="fetch or save the model again",
-        ) from error
+        raise config_error(source, config_json, error) from error
     check_model(config)
     return config
 
@@ -266,6 +264,10 @@ def _model(
 
     files = weight_files(source)
     needed = needed_bytes(files, source, dtype if isinstance(dtype, torch.dtype) and not place else None)
+    # Code that a model brings may work out numbers as it is built, which nothing without storage can.
+    if not (options.trust_remote_code and hasattr(config, "auto_map")):
+        built = outline(source, config, attention_to_load(options.attn))
+        needed = int(needed * check_size(source, config, built, files))
     if device.type == "cpu" and not place:
         check_host_memory(needed, source.name)
     try:

@@ -89,6 +89,11 @@ def needed_bytes(files: Iterable[Path], source: Source, dtype: "torch.dtype | No
     return total
 
 
+def stored_numbers(files: Iterable[Path], source: Source) -> int:
+    """How many numbers weight files hold. Raises as `needed_bytes`."""
+    return sum(math.prod(shape) for file in files for _, shape, _ in _tensors(file, source))
+
+
 def check_host_memory(needed: int, name: str) -> None:
     """Refuse weights that the machine cannot hold: it would end the process without a word.
 
