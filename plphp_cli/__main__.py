@@ -1,5 +1,7 @@
 """`plphp` and `python -m plphp_cli`."""
 
+import contextlib
+import os
 import signal
 import sys
 
@@ -16,6 +18,12 @@ def main() -> None:
         code = 130
     # All is written: a late Ctrl-C would only tear Python's own clean-up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hub = sys.modules.get("plphp_cli.models.hub")
+    if hub is not None and hub.leaves_downloads():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -240,13 +240,11 @@ def _with_small_files(source: "Source") -> "Source":
     """A hub model with its processor's files; as it came when they cannot be fetched."""
     if source.revision is None:
         return source
-    from huggingface_hub import snapshot_download
+    from plphp_cli.models.hub import fetch_files
 
     # Without them the processor itself says what is missing.
     with contextlib.suppress(Exception):
-        snapshot_download(
-            source.name, revision=source.revision, allow_patterns=list(_SMALL), ignore_patterns=["*/*"]
-        )
+        fetch_files(source.name, source.revision, _SMALL, ["*/*"])
     return source
 
 

@@ -22,6 +22,7 @@ class Hub:
         refusals: status and `X-Error-Code` of each repository that is not given.
         truncations: how many more times a file's body breaks off in the middle, by name.
         broken: names of files of which never more than the first half comes.
+        stalled: names of files whose second half comes when `released` is set.
         status: that every request is answered with, in place of an answer.
         asked: the requests so far.
     """
@@ -30,6 +31,8 @@ class Hub:
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     truncations: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
+    stalled: set[str] = field(default_factory=set)
+    released: threading.Event = field(default_factory=threading.Event)
     status: int | None = None
     asked: list[str] = field(default_factory=list)
     endpoint: str = ""
@@ -87,7 +90,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         left = self.hub.truncations.get(path.name, 0)
         end = len(content) // 2 if left or path.name in self.hub.broken else len(content)
         self.hub.truncations[path.name] = max(0, left - 1)
-        self.wfile.write(content[start:end])
+        if path.name in self.hub.stalled:
+            self.wfile.write(content[start : start + (end - start) // 2])
+            self.hub.asked.append(f"stalled {path.name}")
+            self.hub.released.wait(300)
+            start += (end - start) // 2
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content[start:end])
         if end < len(content):
             self.close_connection = True
 

@@ -6,10 +6,12 @@ import json
 import os
 import pty
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,34 @@ def test_a_download_that_never_ends_is_told_and_can_be_repeated(hub: Hub, plphp,
     hub.asked.clear()
     assert COMMITS["main"] in fetch(NAME)
     assert files_asked(hub) == ["model.safetensors"]
+
+
+def test_one_ctrl_c_ends_a_download_that_stands_still(
+    hub: Hub, fetch, image: str, tmp_path: Path, folder: Path
+) -> None:
+    hub.stalled.add("model.safetensors")
+    words = ["run", "--image", image, "--prompt", "what?", "--model", NAME, "--device", "cpu"]
+    # Signals a process was started to ignore stay ignored.
+    heard = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND}"
+    command = [sys.executable, "-c", heard, *words]
+    patient = environment(hub, tmp_path) | {"HF_HUB_DOWNLOAD_TIMEOUT": "300"}
+    with subprocess.Popen(command, env=patient, stdout=-1, stderr=-1, text=True) as process:
+        try:
+            while "stalled model.safetensors" not in hub.asked and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            hub.released.set()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in err
+    hub.stalled.clear()
+    assert (Path(fetch(NAME).strip()) / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_hub_that_is_down_or_out_of_reach(hub: Hub, plphp, fetch) -> None:

@@ -6,8 +6,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,21 @@ from plphp_cli.errors import ModelError, PLPHPError
 OFFLINE = "HF_HUB_OFFLINE"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Windows wakes no waiting thread for a signal: this often it looks.
+_LOOK_S = 0.2
+_left_behind = threading.Event()
+
+
+class _LeftBehindError(Exception):
+    """Ends a download that nobody waits for any more."""
+
+
+def leaves_downloads() -> bool:
+    """Whether a download was interrupted, whose threads may still wait for the hub.
+
+    Python would wait for them at its end.
+    """
+    return _left_behind.is_set()
 
 
 def go_offline() -> None:
@@ -87,8 +103,8 @@ def fetch_files(
     with _told(repository, revision, suggestion):
         from huggingface_hub import snapshot_download
 
-        return Path(
-            snapshot_download(
+        def download() -> str:
+            return snapshot_download(
                 repository,
                 revision=revision,
                 allow_patterns=list(wanted),
@@ -97,7 +113,38 @@ def fetch_files(
                 local_files_only=is_offline(),
                 tqdm_class=_bar(),
             )
-        )
+
+        return Path(_interruptible(download))
+
+
+def _interruptible(download: Callable[[], str]) -> str:
+    """What `download` returns. A signal is obeyed at once, though the hub's client has threads to wait for.
+
+    What they have written of a file stays, and the next download goes on from there.
+    """
+    found: list[str] = []
+    failed: list[BaseException] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            found.append(download())
+        except BaseException as error:  # noqa: BLE001  (it is raised in the thread that waits)
+            failed.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="download", daemon=True).start()
+    _left_behind.clear()
+    try:
+        while not ended.wait(_LOOK_S):
+            pass
+    except BaseException:
+        _left_behind.set()
+        raise
+    if failed:
+        raise failed[0]
+    return found[0]
 
 
 def _bar() -> Any:
@@ -109,6 +156,11 @@ def _bar() -> Any:
             if sys.stderr is None or not sys.stderr.isatty():
                 options["disable"] = True
             super().__init__(*args, **options)
+
+        def update(self, n: float | None = 1) -> Any:
+            if _left_behind.is_set():
+                raise _LeftBehindError
+            return super().update(n)
 
     return Bar
 
