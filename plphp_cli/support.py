@@ -21,6 +21,26 @@ from plphp_cli.families import Assumption
 from plphp_cli.vision import image_token_id, no_image_token
 
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
+# Settings of a generation config that the commands leave out, and what each is when nothing is asked for.
+_NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "use_mtp": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "prefill_chunk_size": None,
+    "cache_implementation": None,
+    "use_cache": True,
+    "output_attentions": None,
+    "guidance_scale": None,
+    "token_healing": None,
+    "stop_strings": None,
+    "max_time": None,
+}
 _KINDS = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING, LinearAttentionLayer: LINEAR}
 
 
@@ -126,7 +146,19 @@ def refuse_generate(config: GenerationConfig, arguments: Mapping[str, Any]) -> N
 
 def left_out(config: GenerationConfig) -> list[str]:
     """What a model's own generation config asks for and the engine of the commands leaves out, by name."""
-    return [feature for refused, feature, _ in _refusals(config, {}) if refused]
+    features = [feature for refused, feature, _ in _refusals(config, {}) if refused]
+    ends = {
+        "stop_strings": "a text that ends the answer (stop_strings)",
+        "max_time": "a time limit (max_time)",
+    }
+    return [*features, *(told for name, told in ends.items() if getattr(config, name, None) is not None)]
+
+
+def without_left_out(config: GenerationConfig) -> dict[str, Any]:
+    """Arguments for `generate` that leave out of a model's own generation config what `left_out` names."""
+    return {
+        name: value for name, value in _NEUTRAL.items() if getattr(config, name, None) not in (None, value)
+    }
 
 
 def _refusals(config: GenerationConfig, arguments: Mapping[str, Any]) -> list[tuple[bool, str, str]]:

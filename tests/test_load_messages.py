@@ -119,6 +119,27 @@ def test_a_config_of_a_far_larger_model_is_refused_before_it_takes_memory(
         assert any("do not match its config" in note for note in describe(str(broken), device="cpu").notes)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"num_beams": ', "is broken: "),
+        ("", "is broken: "),
+        ('{"num_return_sequences": 2}', "cannot be used: Greedy"),
+    ],
+)
+def test_a_generation_config_that_is_of_no_use_is_named(broken: Path, text: str, why: str) -> None:
+    (broken / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"^generation_config.json of .* {why}") as caught:
+        models.load(str(broken), device="cpu")
+    assert caught.value.hint
+
+
+def test_what_the_generation_config_asks_for_in_vain_is_a_warning_of_every_command(broken: Path) -> None:
+    (broken / "generation_config.json").write_text('{"num_beams": 4}')
+    (warning,) = models.load(str(broken), device="cpu").warnings
+    assert warning == "beam search (num_beams > 1), which the model's generation config asks for, is left out"
+
+
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 def test_a_part_of_an_unknown_type_is_named_in_a_short_line(broken: Path, part: str) -> None:
     change(broken, part, model_type="zork")

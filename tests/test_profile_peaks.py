@@ -7,16 +7,20 @@ import pytest
 import torch
 from families import as_prompt, load
 from profiles import CPU, TOKENS
+from transformers import GenerationConfig
 
+from plphp_cli import models
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.profiling import peaks as peaks_module
+from plphp_cli.profiling.answers import stock_answer
 from plphp_cli.profiling.fresh import FreshJob, FreshPeaks, FreshPrompt, measure_fresh
 from plphp_cli.profiling.layers import head_overlap, image_shares
 from plphp_cli.profiling.machine import buffer_bytes, read_bandwidth
 from plphp_cli.profiling.peaks import LiveBytes, measure_peaks
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED
 from plphp_cli.profiling.timing import PathArm, StockArm, Timer
+from plphp_cli.support import left_out
 
 
 def test_an_allocation_of_known_size_is_seen():
@@ -87,6 +91,34 @@ def test_stock_and_the_unpruned_arm_make_the_same_tokens(name):
         tokens = {arm.decode().token_ids for arm in arms for _ in range(2)}
         assert len(tokens) == 1
         assert len(tokens.pop()) == TOKENS
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"guidance_scale": 2.0},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"stop_strings": ["a"], "max_time": 1e-9, "use_cache": False},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_stock_leaves_out_of_the_models_own_wishes_what_the_arms_do(toy, images, asked):
+    loaded = models.load(toy, device="cpu")
+    prompt = models.prepare(loaded, images[:1], "what?")
+    plain = stock_answer(loaded, prompt, 4)[1]
+    loaded.model.generation_config = GenerationConfig(
+        **{**loaded.model.generation_config.to_diff_dict(), **asked}
+    )
+    assert left_out(loaded.model.generation_config)
+    assert stock_answer(loaded, prompt, 4)[1] == plain
+    arms = (StockArm(loaded, prompt, 4, Timer(CPU)), PathArm(loaded, prompt, None, 4, Timer(CPU)))
+    for arm in arms:
+        arm.prefill()
+    assert arms[0].decode().token_ids == arms[1].decode().token_ids
 
 
 def test_a_fresh_process_measures_each_prompt_and_says_why_it_cannot(toy, images):

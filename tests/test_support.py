@@ -53,4 +53,8 @@ def test_what_a_checkpoint_asks_for_and_is_left_out_has_a_name():
         "num_return_sequences > 1",
         "assisted decoding",
     ]
+    assert left_out(GenerationConfig(stop_strings=["x"], max_time=3.0)) == [
+        "a text that ends the answer (stop_strings)",
+        "a time limit (max_time)",
+    ]
     assert left_out(GenerationConfig(do_sample=True, temperature=0.7)) == []

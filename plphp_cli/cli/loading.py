@@ -42,13 +42,7 @@ def identity(loaded: "LoadedModel") -> str:
 
 def model_notes(loaded: "LoadedModel") -> list[str]:
     """What a reader must know of how a model is run, and what its own generation config asks for in vain."""
-    from plphp_cli.support import left_out
-
-    asked = left_out(loaded.model.generation_config)
-    return [
-        *loaded.warnings,
-        *(f"{feature}, which the model's generation config asks for, is left out" for feature in asked),
-    ]
+    return list(loaded.warnings)
 
 
 def settings_of(wanted: GenerationRecord, max_new_tokens: int | None = None) -> "Settings":

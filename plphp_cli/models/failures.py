@@ -52,6 +52,32 @@ def config_error(source: Source, config_json: dict[str, Any], error: BaseExcepti
     )
 
 
+def check_generation_config(source: Source) -> None:
+    """Refuse a `generation_config.json` that transformers passes over silently, or fails on without its name.
+
+    Raises:
+        ModelError: it cannot be read, or asks for what contradicts itself.
+    """
+    from transformers import GenerationConfig
+
+    file = source.folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{file.name} of {source.name} is broken: {beginning(error)}", hint=again(source, file.name)
+        ) from error
+    try:
+        GenerationConfig.from_pretrained(source.folder)
+    except Exception as error:
+        raise ModelError(
+            f"{file.name} of {source.name} cannot be used: {beginning(error)}",
+            hint="correct it in a copy of the model, or leave the file out: it is not needed",
+        ) from error
+
+
 def _entries(config: dict[str, Any], place: str = "") -> Iterator[tuple[str, str, Any]]:
     """Each entry of a config and of its parts: the part's place, the key, the value."""
     for key, value in config.items():

@@ -19,6 +19,7 @@ from plphp_cli.models.choices import (
 )
 from plphp_cli.models.failures import (
     SAME_MODEL,
+    check_generation_config,
     config_error,
     lacks_files,
     model_error,
@@ -131,7 +132,9 @@ def _notes(model: Any, kind: Any, where: Any, options: LoadOptions) -> tuple[str
 
 
 def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> tuple[str, ...]:
-    """What a reader of figures must know of how the model is run."""
+    """What a reader of figures must know of how the model is run, and what is left out of its own wishes."""
+    from plphp_cli.support import left_out
+
     found = []
     if spread := described(model):
         found.append(f"the model is spread: {spread}")
@@ -139,6 +142,8 @@ def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> 
         found.append("the model runs code of its own, on which pruning is not proven")
     elif families.find(model.config.model_type) is None:
         found.append(families.unproven(model.config.model_type))
+    asked = left_out(model.generation_config)
+    found += [f"{feature}, which the model's generation config asks for, is left out" for feature in asked]
     return tuple(found)
 
 
@@ -262,6 +267,7 @@ def _model(
     import torch
     from transformers import AutoModelForImageTextToText
 
+    check_generation_config(source)
     files = weight_files(source)
     needed = needed_bytes(files, source, dtype if isinstance(dtype, torch.dtype) and not place else None)
     # Code that a model brings may work out numbers as it is built, which nothing without storage can.

@@ -15,6 +15,7 @@ from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, QualityRecord, 
 from plphp_cli.profiling.statistics import percentile
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import Divergence, divergence, teacher_forced
+from plphp_cli.support import without_left_out
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -74,7 +75,8 @@ def answer_with(
 @torch.no_grad()
 def stock_answer(loaded: "LoadedModel", prompt: Prompt, max_new_tokens: int) -> tuple[str, tuple[int, ...]]:
     """The same from plain `model.generate`."""
-    output = loaded.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    plain = without_left_out(loaded.model.generation_config)
+    output = loaded.model.generate(**prompt.inputs, **plain, max_new_tokens=max_new_tokens, do_sample=False)
     ids = output[0, prompt.prompt_tokens :].tolist()
     tokenizer = getattr(loaded.processor, "tokenizer", loaded.processor)
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), tuple(ids)

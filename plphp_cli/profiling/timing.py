@@ -26,6 +26,7 @@ from plphp_cli.decoding import decode_batch
 from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
+from plphp_cli.support import without_left_out
 from plphp_cli.vision import image_features
 
 if TYPE_CHECKING:
@@ -201,9 +202,13 @@ def generate_exactly(
     streamer: BaseStreamer,
     processor: LogitsProcessor | None = None,
 ) -> Any:
-    """Plain greedy `model.generate` of exactly `count` new tokens, end of sequence suppressed."""
+    """Plain greedy `model.generate` of exactly `count` new tokens, end of sequence suppressed.
+
+    What the tool's arms leave out of the model's generation config, it does, too.
+    """
     return model.generate(
         **inputs,
+        **without_left_out(model.generation_config),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
