@@ -186,7 +186,7 @@ def _card(
     window = getattr(text, "sliding_window", None) if sliding else None
     cache = full * context + sliding * (context if window is None else min(context, window - 1))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    lie = weights_state(source)
+    lie = weights_state(source, ask=True)
     stored = None if lie.state == DAMAGED else known(lambda: _stored_bytes(source.folder))
     step = decoder_weight_bytes(SimpleNamespace(model=model)) // 4 * width  # type: ignore[arg-type]
     needed = weights * width

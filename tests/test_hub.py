@@ -170,6 +170,29 @@ def test_what_is_no_vision_language_model_is_refused_before_its_weights(
     assert "model.safetensors" not in files_asked(hub)
 
 
+def test_a_repository_without_safetensors_says_so_instead_of_fetch_again(
+    hub: Hub, plphp, folder: Path, tmp_path: Path
+) -> None:
+    pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    sharded = Path(shutil.copytree(folder, tmp_path / "sharded"))
+    (sharded / "model.safetensors").rename(sharded / "model-00002-of-00002.safetensors")
+    shards = {"weight_map": {name: f"model-0000{name}-of-00002.safetensors" for name in "12"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(shards))
+    hub.folders |= {"some-org/pickled": pickled, "some-org/sharded": sharded}
+    told = "the repository of some-org/pickled has no safetensors weights, only pytorch_model.bin"
+    error = plphp("--model", "some-org/pickled", code=2)
+    assert told in error
+    assert "hint: only safetensors are read" in error
+    code = "import sys; from plphp_cli.card import describe\n"
+    code += "for name in sys.argv[1:]:\n    print('; '.join(describe(name, device='cpu').notes))"
+    names = ["some-org/pickled", "some-org/sharded"]
+    done = ended([sys.executable, "-c", code, *names], environment(hub, tmp_path))
+    one, two = done.stdout.splitlines()
+    assert told in one
+    assert "the repository of some-org/sharded lacks the weights model-00001" in two, two
+
+
 def test_a_download_that_breaks_off_is_tried_again(hub: Hub, fetch, folder: Path) -> None:
     hub.truncations["model.safetensors"] = 1
     got = Path(fetch(NAME).strip()) / "model.safetensors"

@@ -117,6 +117,19 @@ def fetch_files(
         return Path(_interruptible(download))
 
 
+def repository_files(repository: str, revision: str) -> list[str] | None:
+    """Names of a repository's files; None where the hub is not asked (offline), or does not answer."""
+    if is_offline():
+        return None
+    try:
+        with _told(repository, revision, None):
+            from huggingface_hub import HfApi
+
+            return sorted(HfApi().list_repo_files(repository, revision=revision))
+    except PLPHPError:
+        return None
+
+
 def _interruptible(download: Callable[[], str]) -> str:
     """What `download` returns. A signal is obeyed at once, though the hub's client has threads to wait for.
 

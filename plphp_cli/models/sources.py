@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plphp_cli.errors import ModelError
-from plphp_cli.models.hub import fetch_file, fetch_files
+from plphp_cli.models.hub import fetch_file, fetch_files, repository_files
 
 BUILTIN = "builtin"
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin" / "model"
@@ -19,6 +19,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _UNWANTED = ("*/*", "consolidated*")
 _CODE = ("config.json", "*.py")
+ONLY_SAFETENSORS = (
+    "only safetensors are read, since other formats can run code: save the model as safetensors"
+)
+INCOMPLETE = "fetch or copy the model again: it is incomplete"
 _EXPECTED = "expected 'builtin', a folder, or a hub id like llava-hf/llava-1.5-7b-hf"
 
 
@@ -122,8 +126,12 @@ def again(source: Source, file: str) -> str:
     return f"fetch it again: hf download {source.name} {file} --revision {source.revision} --force-download"
 
 
-def weight_files(source: Source) -> list[Path]:
+def weight_files(source: Source, ask: bool = True) -> list[Path]:
     """The model's weight files.
+
+    Args:
+        source: the model.
+        ask: the hub what its repository holds, should weights be missing.
 
     Raises:
         ModelError: there are no safetensors weights, files are missing, or one only stands in for them.
@@ -140,14 +148,30 @@ def weight_files(source: Source) -> list[Path]:
             ) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        others = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        hint = "only safetensors are read, since other formats can run code: save the model as safetensors"
-        raise ModelError(
-            f"{source.name} lacks the weights {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-            hint=hint if others else "fetch or copy the model again: it is incomplete",
-        )
+        raise _lacks(source, missing, ask)
     return files
+
+
+def _lacks(source: Source, missing: list[str], ask: bool) -> ModelError:
+    """What is said of a model without these weights: why fetching it again would help, or would not."""
+    lacks = f"lacks the weights {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    others = [path.name for pattern in ("*.bin", "*.pt*") for path in source.folder.glob(pattern)]
+    if source.revision is not None and ask:
+        served = [name for name in repository_files(source.name, source.revision) or () if "/" not in name]
+        stored = [name for name in served if name.endswith((".bin", ".pt", ".pth"))]
+        if stored and not any(name.endswith(".safetensors") for name in served):
+            return ModelError(
+                f"the repository of {source.name} has no safetensors weights, only {stored[0]}",
+                hint=ONLY_SAFETENSORS,
+            )
+        # Without the table of contents the names of the weights are not known.
+        known = "model.safetensors.index.json" not in served or "-of-" in missing[0]
+        if served and known and missing[0] not in served:
+            return ModelError(
+                f"the repository of {source.name} {lacks}", hint="name another revision, or another model"
+            )
+    hint = ONLY_SAFETENSORS if others else INCOMPLETE
+    return ModelError(f"{source.name} {lacks}", hint=hint)
 
 
 def _unknown(name: str) -> ModelError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plphp_cli.errors import DeviceMemoryError, ModelError
-from plphp_cli.models.sources import Source, again, weight_files
+from plphp_cli.models.sources import INCOMPLETE, ONLY_SAFETENSORS, Source, again, weight_files
 from plphp_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -39,13 +39,20 @@ class WeightsState:
         return f"{self.problem} ({self.hint})" if self.hint else self.problem
 
 
-def weights_state(source: Source) -> WeightsState:
-    """How a model's weights lie on this machine: names, sizes and headers are read, the weights are not."""
+def weights_state(source: Source, ask: bool = False) -> WeightsState:
+    """How a model's weights lie on this machine: names, sizes and headers are read, the weights are not.
+
+    Args:
+        source: the model.
+        ask: the hub what its repository holds, should weights be missing.
+    """
     try:
-        files = weight_files(source)
+        files = weight_files(source, ask)
     except ModelError as error:
         state, problem = _lacking(source), error.message
-        if source.revision is None or state == FOREIGN:
+        if error.hint == ONLY_SAFETENSORS:
+            state = FOREIGN
+        if source.revision is None or error.hint != INCOMPLETE:
             return WeightsState(state, problem, error.hint)
         problem = f"the weights of {source.name} are not here yet" if state == ABSENT else problem
         return WeightsState(state, problem, f"`plphp run --model {source.name}` fetches what is missing")
