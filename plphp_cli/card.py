@@ -19,6 +19,7 @@ from plphp_cli.serialize import SCHEMA_VERSION
 if TYPE_CHECKING:
     import torch
 
+    from plphp_cli.models.options import LoadOptions
     from plphp_cli.models.sources import Source
 
 # What a processor is made of, and the table of contents of the weights; not the weights.
@@ -119,6 +120,8 @@ def describe(
     context: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    offline: bool = False,
+    trust_remote_code: bool = False,
 ) -> ModelCard:
     """What a model would take, before its weights are fetched.
 
@@ -130,6 +133,8 @@ def describe(
         context: tokens whose cache must fit beside the weights; None: 8192, or what the model was made for.
         dtype: as for `models.load`.
         device: as for `models.load`.
+        offline: as for `models.load`.
+        trust_remote_code: as for `models.load`.
 
     Raises:
         UsageError: an option is unknown or cannot be met on this machine.
@@ -139,24 +144,26 @@ def describe(
     """
     if context is not None and context < 1:
         raise UsageError(f"context = {context}; expected 1 or more tokens")
-    from plphp_cli.models import LoadOptions
+    from plphp_cli.models import LoadOptions, hub
     from plphp_cli.models.choices import choose_device, choose_dtype
     from plphp_cli.models.loading import quiet, read_config
     from plphp_cli.models.outline import outline
     from plphp_cli.models.sources import locate, read_config_json
 
-    LoadOptions(dtype=dtype, device=device).check()
-    source = locate(name)
-    config_json = read_config_json(source)
-    with quiet():
-        where = choose_device(device)
-        asked = choose_dtype(dtype, where, source.builtin)
-        config = read_config(source, config_json)
-        notes: list[str] = []
-        kind = _weight_dtype(asked, config, notes)
-        source = _with_small_files(source)
-        model = outline(source, config)
-    return _card(source, config, model, kind, where, image_size, context, notes)
+    options = LoadOptions(dtype, device, offline=offline, trust_remote_code=trust_remote_code)
+    options.check()
+    with hub.offline(offline):
+        source = locate(name)
+        config_json = read_config_json(source)
+        with quiet():
+            where = choose_device(device)
+            asked = choose_dtype(dtype, where, source.builtin)
+            config = read_config(source, config_json, trust_remote_code)
+            notes: list[str] = []
+            kind = _weight_dtype(asked, config, notes)
+            source = _with_small_files(source)
+            model = outline(source, config, trusted=trust_remote_code)
+        return _card(source, config, model, kind, where, image_size, context, notes, options)
 
 
 def _card(
@@ -168,6 +175,7 @@ def _card(
     image_size: tuple[int, int],
     context: int | None,
     notes: list[str],
+    options: "LoadOptions",
 ) -> ModelCard:
     from plphp_cli.models import decoder_weight_bytes
     from plphp_cli.models.outline import check_size
@@ -228,7 +236,7 @@ def _card(
         sliding_bytes_per_token=sliding,
         sliding_tokens=None if window is None else window - 1,
         max_context=longest,
-        image=_image_cost(source, config, image_size, full),
+        image=_image_cost(source, config, image_size, full, options),
         fit=_fit(where, needed, cache, context),
         kv_share_of_step=cache / (cache + step),
         weights_state=lie.state,
@@ -296,7 +304,9 @@ def _stored_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_bytes: int) -> ImageCost:
+def _image_cost(
+    source: "Source", config: Any, size: tuple[int, int], token_bytes: int, options: "LoadOptions"
+) -> ImageCost:
     """Vision tokens of one image of that size, by the model's own processor on a blank picture."""
     import torch
     from PIL import Image
@@ -310,12 +320,13 @@ def _image_cost(source: "Source", config: Any, size: tuple[int, int], token_byte
     try:
         loaded = LoadedModel(
             model=SimpleNamespace(config=config),
-            processor=read_processor(source),
+            processor=read_processor(source, options),
             name=source.name,
             revision=source.revision,
             dtype=torch.float32,
             device=torch.device("cpu"),
             builtin=source.builtin,
+            options=options,
         )
         blank = LoadedImage(Image.new("RGB", size, "white"), "blank", size, (), "")
         prompt = prepare(loaded, [blank], "Describe the image.")

@@ -123,6 +123,14 @@ def test_offline_holds_in_a_program_that_has_asked_the_hub_before(hub: Hub, fetc
     assert not any("some-org/other" in line for line in hub.asked)
 
 
+def test_the_card_obeys_offline(hub: Hub, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COMMAND, "models", NAME, "--offline"]
+    done = ended(command, environment(hub, tmp_path))
+    assert (done.returncode, done.stdout, hub.asked) == (1, "", [])
+    assert "the hub is not asked (offline)" in done.stderr
+    assert "without --offline" in done.stderr
+
+
 def test_a_revision_is_its_own_model(hub: Hub, plphp, fetch) -> None:
     assert COMMITS["v1"] in fetch(f"{NAME}@v1")
     assert "no revision 'v2'" in plphp("--model", f"{NAME}@v2", code=2)

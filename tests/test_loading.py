@@ -296,6 +296,7 @@ def own_code(broken: Path) -> Path:
         "from pathlib import Path\n"
         "from transformers import LlavaConfig, LlavaForConditionalGeneration\n"
         f"Path({str(broken / 'trace')!r}).write_text('it ran')\n"
+        "print('words of its own')\n"
         "class OwnConfig(LlavaConfig):\n"
         "    model_type = 'own_llava'\n"
         "class OwnModel(LlavaForConditionalGeneration):\n"
@@ -305,7 +306,7 @@ def own_code(broken: Path) -> Path:
 
 
 def test_code_of_a_model_runs_only_where_it_is_trusted(
-    own_code: Path, toy: str, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_code: Path, toy: str, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     error = refused(own_code, "no model type 'own_llava', and the model's code is not run")
@@ -318,9 +319,28 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     (own_code / "config.json").write_text(config)
     loaded = models.load(str(own_code), device="cpu", trust_remote_code=True)
     assert (own_code / "trace").read_text() == "it ran"
+    # stdout is for answers.
+    out, err = capsys.readouterr()
+    assert (out, "words of its own" in err) == ("", True)
     assert type(loaded.model).__name__ == "OwnModel"
     assert any("pruning is not proven" in warning for warning in loaded.warnings)
     assert answer(loaded, images) == answer(models.load(toy, device="cpu"), images)
+
+
+def test_the_card_of_a_model_with_code_of_its_own_needs_trust(
+    own_code: Path, toy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    asked = ["models", str(own_code), "--device", "cpu", "--json", "-"]
+    assert main(asked) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert main([*asked, "--trust-remote-code"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    assert card["image"]["vision_tokens"]
+    assert main(["models", toy, "--device", "cpu", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == card["parameters"]
+    assert main(["models", "--trust-remote-code"]) == 2
+    assert "is about one model" in capsys.readouterr().err
 
 
 def test_code_that_cannot_be_used(own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ def _flag(name: str, help_text: str) -> Any:
     return typer.Option(name, metavar="", help=help_text, rich_help_panel=_PANEL)
 
 
+OfflineOption = Annotated[bool, _flag("--offline", "Ask the hub nothing: use what is in its local cache.")]
+TrustOption = Annotated[bool, _flag("--trust-remote-code", "Run code that the model brings.")]
 # One annotation for each field of `LoadOptions`, in the order in which help shows them.
 _ANNOTATIONS: dict[str, Any] = {
     "dtype": opt.DtypeOption,
@@ -35,8 +37,8 @@ _ANNOTATIONS: dict[str, Any] = {
     "attn": opt.AttnOption,
     "quantize": Annotated[str | None, _text("4bit or 8bit weights (bitsandbytes).", "BITS")],
     "processor_arg": Annotated[list[str] | None, _text("For the image processor; repeatable.", "KEY=VALUE")],
-    "offline": Annotated[bool, _flag("--offline", "Ask the hub nothing: use what is in its local cache.")],
-    "trust_remote_code": Annotated[bool, _flag("--trust-remote-code", "Run code that the model brings.")],
+    "offline": OfflineOption,
+    "trust_remote_code": TrustOption,
 }
 
 
@@ -88,7 +90,7 @@ def check_model(name: str, options: LoadOptions) -> None:
     if source.revision is None or is_offline():
         return
     try:
-        weight_files(source)
+        weight_files(source, ask=False)
     except ModelError:
         from plphp_cli.models import fetch
 

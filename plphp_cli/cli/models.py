@@ -6,9 +6,11 @@ import typer
 
 from plphp_cli.card import describe, parse_size
 from plphp_cli.cli import options as opt
+from plphp_cli.cli.load_options import OfflineOption, TrustOption
 from plphp_cli.cli.output import say, stdout_width, write_report
 from plphp_cli.errors import UsageError
 from plphp_cli.inventory import take_inventory
+from plphp_cli.models.hub import go_offline
 from plphp_cli.models.sources import cached_models
 from plphp_cli.reports.card import card_report
 from plphp_cli.reports.inventory import inventory_report
@@ -40,6 +42,8 @@ def models(
     refused: RefusedOption = False,
     dtype: opt.DtypeOption = "auto",
     device: opt.DeviceOption = "auto",
+    offline: OfflineOption = False,
+    trust_remote_code: TrustOption = False,
     json: opt.JsonOption = None,
     force: opt.ForceOption = False,
     debug: opt.DebugOption = False,
@@ -49,8 +53,11 @@ def models(
     Of one model only the config and the processor are read (and fetched, from the hub), never the weights.
     """
     opt.check_json_target(json, force)
+    if offline:
+        go_offline()
     if name is None:
         given = {"--image-size": image_size, "--context": context}
+        given["--trust-remote-code"] = trust_remote_code or None
         for option, value in given.items():
             if value is not None:
                 raise UsageError(
@@ -64,6 +71,14 @@ def models(
     if refused:
         raise UsageError("--refused is about all models, and one was named", hint="leave out one of them")
     size = parse_size("1024x768" if image_size is None else image_size)
-    card = describe(name, image_size=size, context=context, dtype=dtype, device=device)
+    card = describe(
+        name,
+        image_size=size,
+        context=context,
+        dtype=dtype,
+        device=device,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
     write_report(card, card_report(card, stdout_width()), json, force)
     return 0

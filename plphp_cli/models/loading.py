@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -149,14 +150,17 @@ def _warnings(model: Any, config_json: dict[str, Any], options: LoadOptions) -> 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no progress bars of transformers inside; the user's own settings again after."""
+    """No warnings and no progress bars of transformers inside; the user's own settings again after.
+
+    What code that a model brings prints goes to stderr: stdout is for answers.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -228,13 +232,13 @@ def _check_type(source: Source, kind: str, brings_code: bool) -> None:
         )
 
 
-def read_processor(source: Source) -> Any:
+def read_processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
     """The processor of a model, without the model. Raises `ModelError` when it cannot be loaded."""
     with quiet():
-        return _processor(source)
+        return _processor(source, options)
 
 
-def _processor(source: Source, options: LoadOptions = DEFAULTS) -> Any:
+def _processor(source: Source, options: LoadOptions) -> Any:
     from transformers import AutoProcessor
 
     try:
