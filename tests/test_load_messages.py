@@ -229,6 +229,20 @@ def photo(tmp_path: Path) -> str:
     return str(tmp_path / "photo.png")
 
 
+@pytest.mark.parametrize("named", [7, 288, 999_999])
+def test_a_config_and_a_processor_that_disagree_on_the_image_token(broken: Path, images, named: int) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"image_token_index": named}))
+    loaded = models.load(str(broken), device="cpu")
+    own = config["image_token_index"]
+    told = (
+        f"config.json of {broken} names token {named} for its images, and its processor puts {own} (<image>)"
+    )
+    with pytest.raises(ModelError) as caught:
+        models.prepare(loaded, images[:1], "what?")
+    assert caught.value.message == told
+
+
 def test_an_image_reduced_in_vain_is_noted(loaded: models.LoadedModel, photo: str) -> None:
     reduced, whole = (models.prepare(loaded, [load_image(photo, most)], "what?") for most in (400, None))
     assert reduced.vision_tokens == whole.vision_tokens

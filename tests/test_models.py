@@ -35,6 +35,8 @@ from plphp_cli.errors import (
 from plphp_cli.images import load_image
 from plphp_cli.models import failures, loading, sources
 from plphp_cli.models.loaded import LoadedModel
+from plphp_cli.models.sources import Source
+from plphp_cli.models.weights import needed_bytes
 
 
 @pytest.fixture(scope="session")
@@ -313,6 +315,11 @@ def test_weights_that_only_stand_in(broken):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (broken / "model.safetensors").write_text(pointer)
     assert "git lfs pull" in refused(broken, "Git LFS pointer").hint
+    # In the hub's cache there is no clone in which that would do anything.
+    with pytest.raises(ModelError, match="Git LFS pointer") as caught:
+        needed_bytes([broken / "model.safetensors"], Source("org/toy", broken, "a" * 40))
+    assert "hf download org/toy model.safetensors" in caught.value.hint
+    assert "--force-download" in caught.value.hint
 
 
 def test_weights_of_another_model(broken):

@@ -231,6 +231,18 @@ def _unfit_argument(loaded: LoadedModel, error: Exception) -> UsageError | None:
     )
 
 
+def _check_image_token(loaded: LoadedModel, ids: Any, named: int | None) -> None:
+    """Refuse a model whose config names another image token than its processor puts into `ids`."""
+    token = getattr(loaded.processor, "image_token", None)
+    own = loaded.processor.tokenizer.convert_tokens_to_ids(token) if isinstance(token, str) else None
+    if own is not None and own != named and bool((ids == own).any()):
+        raise ModelError(
+            f"config.json of {loaded.name} names token {named} for its images, and its processor puts "
+            f"{own} ({token})",
+            hint="config.json and the files of the processor must come from the same model",
+        )
+
+
 def _vision_tokens(
     loaded: LoadedModel, inputs: dict[str, Any], expanded: Any, images: int
 ) -> tuple[int, tuple[int, ...] | None]:
@@ -246,9 +258,10 @@ def _vision_tokens(
     counts = None
     if expanded:
         places = [place for place in expanded[0] if place["type"] == "image"]
-        counts = tuple(place["replacement"].count(token) for place in places)
+        counts = tuple(place["replacement"].count(str(token)) for place in places)
         expected = sum(counts)
     if found != expected or bool(found) != bool(images):
+        _check_image_token(loaded, inputs["input_ids"], token_id)
         given = loaded.options.processor_arg
         raise ImageError(
             f"the prompt holds {found} vision tokens, which is not what its {images} "

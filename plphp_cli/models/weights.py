@@ -125,7 +125,9 @@ def _tensors(file: Path, source: Source) -> Iterator[tuple[str, list[int], int]]
         if start == b"version ":
             raise ModelError(
                 f"{file.name} of {source.name} is a Git LFS pointer, not the weights",
-                hint="run `git lfs pull` in the folder",
+                hint="run `git lfs pull` in the folder"
+                if source.revision is None
+                else again(source, file.name),
             )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(_MAX_HEADER, size):
