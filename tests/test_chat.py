@@ -276,6 +276,22 @@ def test_an_answer_that_is_broken_off_between_tokens_goes_on_everywhere(specimen
     )
 
 
+def test_a_question_broken_off_before_its_answer_is_why_the_next_starts_over(llava):
+    conversation = Conversation(llava.loaded, CUT, FIRST_TURN)
+    events = conversation.ask(as_prompt(llava.prompts[0]), SETTINGS)
+    assert isinstance(next(events), Begun)
+    events.close()
+    # It is not part of what is asked next.
+    shorter = {
+        name: value[:, :-1] if name == "input_ids" or name in PER_TOKEN else value
+        for name, value in llava.prompts[0].items()
+    }
+    inputs = longer(shorter, ANOTHER)
+    begun, answer = ask(conversation, inputs)
+    assert begun.why == "the last question was broken off before its answer"
+    assert_fresh(llava, begun, answer, conversation, inputs)
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_question_interrupted_while_it_is_fed_can_be_asked_again(llava, layer):
     conversation, twin = (Conversation(llava.loaded, CUT, FIRST_TURN) for _ in range(2))

@@ -216,6 +216,14 @@ def test_quantised_weights_whose_package_is_missing(broken: Path, method: str) -
     assert error.hint
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="needs an environment without bitsandbytes")
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
+def test_weights_packed_by_bitsandbytes_name_the_extra(broken: Path) -> None:
+    change_config(broken, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    error = refused(broken, "need a package that is missing: bitsandbytes$")
+    assert error.hint == "pip install 'plphp-cli[quantize]'"
+
+
 def test_quantised_weights_are_not_quantised_again(broken: Path) -> None:
     change_config(broken, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     config = AutoConfig.from_pretrained(broken)

@@ -478,9 +478,10 @@ def test_placeholders_that_are_not_one_per_image(toy, pictures, count, text):
     assert caught.value.exit_code == 2
 
 
-def test_a_placeholder_in_the_system_message(toy, pictures):
-    with pytest.raises(ImageError, match="system message"):
-        models.prepare(toy, pictures[:1], "what?", system="see <image>")
+@pytest.mark.parametrize("system", ["see <image>", "<image>"])
+def test_a_placeholder_in_the_system_message(toy, pictures, system):
+    with pytest.raises(ImageError, match="the system message holds <image>"):
+        models.prepare(toy, pictures[:1], "what?", system=system)
 
 
 def test_no_images(toy):

@@ -136,6 +136,8 @@ class Conversation:
             return "the prompt is padded"
         # At least one token is fed: its logits begin the answer.
         common = _common(taken.ids, ids[:-1])
+        if common < taken.origin and not taken.answered:
+            return "the last question was broken off before its answer"
         if common < taken.origin:
             return "the chat template spells the earlier turns otherwise than before"
         if not taken.rewind(common):
@@ -156,6 +158,7 @@ class _Taken:
         positions: of the last token of that prompt.
         gaps: per layer the tokens that were dropped.
         torn: whether a step was begun and did not end.
+        answered: whether any token was handed out since the prompt was prefilled.
     """
 
     held: Prefilled
@@ -166,6 +169,7 @@ class _Taken:
     positions: Tensor | None
     gaps: list[int]
     torn: bool = False
+    answered: bool = False
 
     @classmethod
     def of(cls, held: Prefilled, prompt: Prompt) -> "_Taken":
@@ -195,7 +199,7 @@ class _Taken:
             event = next(events, None)
             if isinstance(event, Token):
                 self.ids += last
-                last = [event.token_id]
+                last, self.answered = [event.token_id], True
             self.torn = False
             if event is None:
                 return

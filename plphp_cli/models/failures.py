@@ -193,8 +193,12 @@ def model_error(
             f"{name} does not run on the attention back-end {options.attn}", hint="use --attn eager"
         )
     if isinstance(error, ImportError) or "pip install" in text:
+        # Named by its extra, where it has one.
+        packed = "bitsandbytes" in text
         return ModelError(
-            f"the weights of {name} need a package that is missing: {first_line(error)}", hint="install it"
+            f"the weights of {name} need a package that is missing: "
+            + ("bitsandbytes" if packed else first_line(error)),
+            hint="pip install 'plphp-cli[quantize]'" if packed else "install it",
         )
     if "size mismatch" in text or "mismatched" in text.lower() or "ignore_mismatched_sizes" in text:
         told = next((line.strip() for line in text.splitlines() if "mismatch" in line.lower()), text)

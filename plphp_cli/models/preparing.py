@@ -165,7 +165,8 @@ def _check_text(what: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError(f"the {what} is not valid UTF-8 text", hint="check the encoding") from error
-    if not text.replace(PLACEHOLDER, "").strip():
+    # In a system message it is refused by its own name.
+    if not (text if what == "system message" else text.replace(PLACEHOLDER, "")).strip():
         raise UsageError(f"the {what} is blank", hint="say what you want to know")
 
 
