@@ -16,7 +16,7 @@ from PIL import Image
 from toy_model import save_toy_llava
 
 from plphp_cli.cli.app import main
-from plphp_cli.cli.options import repeat_options
+from plphp_cli.cli.commands import repeat_options
 from plphp_cli.results import from_json
 
 # With these the toy model writes a few words, control characters among them, and ends by itself.

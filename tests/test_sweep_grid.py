@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 
-from plphp_cli.cli.options import repeat_options
+from plphp_cli.cli.commands import repeat_options
 from plphp_cli.cli.sweep_options import SweepCommand
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UsageError

@@ -13,8 +13,8 @@ from typer.exceptions import TyperException
 
 from plphp_cli import __version__, parallel
 from plphp_cli.cli import calibrate, doctor, models, profile, run, sweep
+from plphp_cli.cli.commands import MultiValueCommand, PlainCommand, PlainGroup
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.options import MultiValueCommand, PlainCommand, PlainGroup
 from plphp_cli.cli.output import print_error
 from plphp_cli.cli.sweep_options import SweepCommand
 from plphp_cli.errors import PLPHPError

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from plphp_cli.cli.options import MultiValueCommand
+from plphp_cli.cli.commands import MultiValueCommand
 from plphp_cli.errors import UsageError
 from plphp_cli.sweep.records import METHODS, Constraint
 from plphp_cli.sweep.request import SPEEDS
