@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from plphp_cli.models.options import LoadOptions
     from plphp_cli.models.sources import Source
+    from plphp_cli.models.weights import WeightsState
 
 # What a processor is made of, and the table of contents of the weights; not the weights.
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -178,9 +179,7 @@ def _card(
     options: "LoadOptions",
 ) -> ModelCard:
     from plphp_cli.models import decoder_weight_bytes
-    from plphp_cli.models.outline import check_size
-    from plphp_cli.models.sources import weight_files
-    from plphp_cli.models.weights import DAMAGED, WHOLE, weights_state
+    from plphp_cli.models.weights import DAMAGED, weights_state
     from plphp_cli.support import FULL, SLIDING, layer_kinds
 
     text = config.get_text_config(decoder=True)
@@ -202,20 +201,7 @@ def _card(
         known_size = "as the files are" if stored else "not known, so that of unquantised ones is shown"
         notes.append(f"the weights are quantised: their size is {known_size}")
         needed, step = stored or needed, step * (stored or needed) // needed
-    if SLIDING in kinds or len(set(kinds)) > 1:
-        notes.append("only the full-attention layers are pruned; the others keep what they hold")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        notes.append("it caps its attention logits, which sdpa does not compute: run it with --attn eager")
-    if lie.note is not None:
-        notes.append(lie.note)
-    if lie.state == WHOLE:
-        try:
-            check_size(source, config, model, weight_files(source))
-        except PLPHPError as error:
-            notes.append(error.message)
     family = families.find(config.model_type)
-    if family is None:
-        notes.append(families.unproven(config.model_type))
     one = next(_layer_configs(text, kinds, FULL))
     return ModelCard(
         name=source.name,
@@ -240,8 +226,32 @@ def _card(
         fit=_fit(where, needed, cache, context),
         kv_share_of_step=cache / (cache + step),
         weights_state=lie.state,
-        notes=tuple(notes),
+        notes=(*notes, *_remarks(source, config, model, kinds, lie)),
     )
+
+
+def _remarks(
+    source: "Source", config: Any, model: Any, kinds: tuple[str, ...], lie: "WeightsState"
+) -> Iterator[str]:
+    """What a reader must know of how it is pruned and run, of its weights, and of its proof."""
+    from plphp_cli.models.outline import check_size
+    from plphp_cli.models.sources import weight_files
+    from plphp_cli.models.weights import WHOLE
+    from plphp_cli.support import SLIDING
+
+    if SLIDING in kinds or len(set(kinds)) > 1:
+        yield "only the full-attention layers are pruned; the others keep what they hold"
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        yield "it caps its attention logits, which sdpa does not compute: run it with --attn eager"
+    if lie.note is not None:
+        yield lie.note
+    if lie.state == WHOLE:
+        try:
+            check_size(source, config, model, weight_files(source))
+        except PLPHPError as error:
+            yield error.message
+    if families.find(config.model_type) is None:
+        yield families.unproven(config.model_type)
 
 
 def _with_small_files(source: "Source") -> "Source":

@@ -418,3 +418,15 @@ def _forced(family, inputs, policy, tokens):
         run = prefill(family.loaded, as_prompt(inputs), pruner, NEW_TOKENS)
         rows = [advance(family.loaded, run, token[None, None])[-1] for token in tokens[:-1]]
     return torch.stack([run.logits, *rows])
+
+
+OF_EVERY_MODEL = (
+    rate_one_equals_stock,
+    physical_cut_equals_masked_reference,
+    first_token_is_unpruned,
+    kept_equals_plain_loop,
+    bytes_are_as_predicted,
+    the_model_is_restored,
+    a_failed_call_does_not_spoil_the_next,
+    no_state_is_left_behind,
+)

@@ -65,6 +65,18 @@ GLM_IDS = {
     "video_end_token_id": 294,
 }
 
+SAM = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 128,
+    "patch_size": 8,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "mlp_dim": 32,
+}
+
 
 def vipllava(seed: int = 0) -> Family:
     config = VipLlavaConfig(
@@ -107,17 +119,7 @@ def cohere2_vision(seed: int = 0) -> Family:
 
 def got_ocr2(seed: int = 0) -> Family:
     config = GotOcr2Config(
-        vision_config={
-            "hidden_size": 32,
-            "output_channels": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 128,
-            "patch_size": 8,
-            "window_size": 2,
-            "global_attn_indexes": [1],
-            "mlp_dim": 32,
-        },
+        vision_config=SAM,
         text_config=Qwen2Config(**TEXT),
         image_token_index=IMAGE,
         image_seq_length=16,

@@ -8,6 +8,7 @@ import torch
 from rows_grids import HEADS, MIXED, PLACEHOLDERS, SHORT, changed
 from rows_idefics import in_tiles as in_one_stack
 from rows_llava import PINPOINTS, in_tiles, whole
+from rows_more import SAM
 from toys import (
     IMAGE,
     TEXT,
@@ -26,17 +27,6 @@ from transformers import CLIPVisionConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 
 SIGLIP = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
-SAM = {
-    "hidden_size": 32,
-    "output_channels": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 128,
-    "patch_size": 8,
-    "window_size": 2,
-    "global_attn_indexes": [1],
-    "mlp_dim": 32,
-}
 
 
 def one_size(name: str, model: Any, seed: int) -> Family:

@@ -17,14 +17,7 @@ from plphp_cli.errors import ConfigError, ImageError, NestedPruneError, Unsuppor
 from plphp_cli.generate import prefill
 
 LAWS = [
-    laws.rate_one_equals_stock,
-    laws.physical_cut_equals_masked_reference,
-    laws.first_token_is_unpruned,
-    laws.kept_equals_plain_loop,
-    laws.bytes_are_as_predicted,
-    laws.the_model_is_restored,
-    laws.a_failed_call_does_not_spoil_the_next,
-    laws.no_state_is_left_behind,
+    *laws.OF_EVERY_MODEL,
     laws.no_cache_tensor_is_kept,
     laws.the_cost_is_small,
     laws.one_prefill_serves_many,

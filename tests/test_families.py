@@ -47,16 +47,6 @@ PARTLESS = {
 NOT_BY_DEFAULT = {"idefics2": "NO_FULL"} | dict.fromkeys(
     ("chameleon", "emu3", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), "IMAGE_TOKEN"
 )
-LAWS = [
-    laws.rate_one_equals_stock,
-    laws.physical_cut_equals_masked_reference,
-    laws.first_token_is_unpruned,
-    laws.kept_equals_plain_loop,
-    laws.bytes_are_as_predicted,
-    laws.the_model_is_restored,
-    laws.a_failed_call_does_not_spoil_the_next,
-    laws.no_state_is_left_behind,
-]
 OF_TWO_PROMPTS = (laws.a_failed_call_does_not_spoil_the_next, laws.no_state_is_left_behind)
 README = Path(__file__).parents[1] / "README.md"
 
@@ -79,12 +69,12 @@ def failed(name):
     return None
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", laws.OF_EVERY_MODEL, ids=lambda law: law.__name__)
 def test_law_on_relatives(law, relative):
     law(relative)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", laws.OF_EVERY_MODEL, ids=lambda law: law.__name__)
 def test_law_on_kin(law, kin):
     law(kin if law in OF_TWO_PROMPTS else replace(kin, prompts=kin.prompts[:1]))
 
