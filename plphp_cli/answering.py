@@ -11,9 +11,9 @@ from plphp_cli.serialize import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from plphp_cli.compiled import StepCompiler
-    from plphp_cli.generate import Settings
     from plphp_cli.models import LoadedModel
     from plphp_cli.profiling.state import Question
+    from plphp_cli.sampling import Settings
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Answering:
         return self.decoded / self.decode_s if self.steps >= MIN_DECODE_STEPS and self.decode_s > 0 else None
 
     def _batch(self, questions: Sequence["Question"], pruner: Any) -> None:
-        from plphp_cli.generate import prefill
         from plphp_cli.models import prepare
+        from plphp_cli.prefilling import prefill
 
         runs: list[Any] = []
         prompts: list[Any] = []
@@ -134,8 +134,7 @@ class Answering:
 
     def _decode(self, questions: Sequence["Question"], runs: Sequence[Any], prompts: Sequence[Any]) -> None:
         """Decode prefilled prompts together, and record each answer, or what there was of it by a failure."""
-        from plphp_cli.decoding import decode_batch
-        from plphp_cli.generate import Done
+        from plphp_cli.decoding import Done, decode_batch
 
         texts: dict[int, list[Any]] = {place: [] for place in range(len(questions))}
         done: dict[int, Any] = {}

@@ -113,9 +113,11 @@ def survey(
 ) -> Survey:
     """Measure gamma and need on prompts. Arguments and errors are those of `calibrate`."""
     # Reading a record (reports do) must not import torch.
-    from plphp_cli.generate import Done, Settings, stream
+    from plphp_cli.decoding import Done
+    from plphp_cli.generate import stream
     from plphp_cli.pruning import FixedRates
     from plphp_cli.quality import layer_need
+    from plphp_cli.sampling import Settings
 
     gammas: list[tuple[float | None, ...]] = []
     needs: list[tuple[float | None, ...]] = []

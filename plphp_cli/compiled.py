@@ -9,7 +9,7 @@ rounded up for that: a compiled step's caches take the bytes that an uncompiled 
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +24,13 @@ from transformers.cache_utils import Cache
 from plphp_cli.errors import PLPHPError, UnsupportedError
 from plphp_cli.joined import HANDLE, JoinedLayer
 from plphp_cli.models.failures import first_line
+from plphp_cli.products import times_row, vector_products
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
 
 Run = Callable[[Tensor, Cache, Tensor | None], Tensor]
+Product = Callable[[nn.Linear, Tensor], Tensor]
 # Runs before a capture: what is compiled, tuned and allocated once must be so before it.
 _WARM_UPS = 3
 # Of a layer's code: one, and more for batch sizes and dynamic shapes. torch's own limit is 8.
@@ -189,20 +191,21 @@ class StepCompiler:
         layers = list(self._model.get_decoder().layers)
         if any("forward" in vars(module) for layer in layers for module in layer.modules()):
             raise UnsupportedError("layers whose forward something else has replaced are not compiled")
-        row = len(cache.layers[0].rows) == 1 and next(layers[0].parameters()).is_cuda
+        one = len(cache.layers[0].rows) == 1
+        on_cuda = next(layers[0].parameters()).is_cuda
+        parts = _row_products(layers, vector_products(self._model).linears) if one else []
         changed: list[Any] = []
         with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_MOST_VARIANTS):
             try:
                 for layer, joined in zip(layers, cache.layers, strict=True):
-                    kind = (type(layer), row)
-                    compiled = self._forwards.setdefault(kind, _compiled(type(layer), row))
+                    kind = (type(layer), one)
+                    compiled = self._forwards.setdefault(kind, _compiled(type(layer), one and on_cuda))
                     vars(layer)["forward"] = partial(_call, compiled, layer, joined)
                     changed.append(layer)
-                    for part in layer.modules() if row else ():
-                        if type(part) is nn.Linear and part.bias is not None:
-                            # A method, not a partial: compiled code would tell those apart by layer.
-                            vars(part)["forward"] = MethodType(_bias_apart, part)
-                            changed.append(part)
+                for part, product in parts:
+                    # A method, not a partial: compiled code would tell those apart by layer.
+                    vars(part)["forward"] = MethodType(product, part)
+                    changed.append(part)
                 yield
             finally:
                 for module in changed:
@@ -313,6 +316,15 @@ def _compiled(kind: Any, row: bool) -> Callable[..., Any]:
         # what is cheap per element must not be computed anew for every row of the next matrix.
         options = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 4}
     return torch.compile(kind.forward, options=options or None)
+
+
+def _row_products(layers: list[Any], by_vector: Sequence[nn.Linear]) -> list[tuple[nn.Linear, Product]]:
+    """The linear layers that take one row another way than their own, each with its way."""
+    vectors = set(by_vector)
+    linears = [part for layer in layers for part in layer.modules() if type(part) is nn.Linear]
+    apart = [part for part in linears if part.weight.is_cuda and part.bias is not None]
+    found: list[tuple[nn.Linear, Product]] = [(part, _bias_apart) for part in apart]
+    return found + [(part, times_row) for part in linears if part in vectors]
 
 
 def _bias_apart(linear: nn.Linear, states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps of several prompts at once: one token each, from one reading of the weights.
+"""The decode loop: one new token of each prompt at a step, from one reading of the weights.
 
     with prune(model, config) as pruner:
         prompts = [prefill(loaded, prompt, pruner, room) for prompt in ...]  # each with its cut
@@ -10,7 +10,7 @@ One prompt is a batch of one. With a `StepCompiler` the steps are compiled; with
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,31 +18,44 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from plphp_cli.answer_text import AnswerText
-from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
 from plphp_cli.compiled import Step, StepCompiler
-from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.generate import (
-    Clock,
-    Done,
-    Event,
-    PrefillDone,
-    Prefilled,
-    Settings,
-    Token,
-    _forward,
-    _Sampler,
-    _Stopwatch,
-    advance,
-    prefill,
-)
 from plphp_cli.joined import join
-from plphp_cli.prompt import Prompt
-from plphp_cli.pruning import Policy
+from plphp_cli.prefilling import Prefilled, advance, forward
+from plphp_cli.products import one_row, vector_products
+from plphp_cli.sampling import Sampler, Settings
+from plphp_cli.stopwatch import Clock, Stopwatch
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token.
+
+    Attributes:
+        index: 0 for the first new token.
+        token_id: its id.
+        text: what it adds to the text; empty while a character is incomplete, and for special tokens.
+        elapsed_s: seconds since the start of prefill at which its id was on the host. Time that the
+            consumer of the events spends between two of them does not count.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """The whole answer; `stop_reason` is `eos`, `stop` or `length`. The ids include the end of sequence."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stop_reason: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ class DecodeBatch:
         self._positions: Tensor | None = None
         self._compiled: Step | None = None
         self._steps = 0
+        # One prompt needs no joining, unless its steps are compiled: it goes on in its own cache.
+        self._alone = len(self.prompts) == 1 and compiler is None
         if len(prompts) > 1 and any(prompt.positions is None for prompt in prompts):
             raise UnsupportedError(
                 "a batch of prompts: this model counts positions by itself, one prompt's only",
@@ -91,10 +106,16 @@ class DecodeBatch:
         """Whether its steps are compiled."""
         return self._compiled is not None
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether steps start before their token is read: a prompt in its own cache may not take one back."""
+        return self._cache is not None and runs_ahead(self.prompts[0].logits.device)
+
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token to each prompt, ids [B, 1]; returns logits [B, vocab], good until the next step."""
         if self._cache is None:
-            return advance(self._loaded, self.prompts[0], ids)[-1:]
+            with one_row(vector_products(self._loaded.model).linears):
+                return advance(self._loaded, self.prompts[0], ids)[-1:]
         self._steps += 1
         if self._compiled is not None:
             return self._compiled(ids)
@@ -140,6 +161,8 @@ class DecodeBatch:
 
     def _join(self, begins: bool = True) -> None:
         self._steps = 0
+        if self._alone:
+            return
         for prompt in self.prompts:
             for layer in prompt.cache.layers:
                 if isinstance(layer, PrunableLayer):
@@ -149,7 +172,6 @@ class DecodeBatch:
         except UnsupportedError as error:
             if len(self.prompts) > 1:
                 raise
-            # One prompt needs no joining: it goes on alone, uncompiled.
             self._cache = None
             if self._compiler is not None:
                 self._compiler.stats.refused = error.message
@@ -163,7 +185,9 @@ class DecodeBatch:
 
 def run_step(loaded: "LoadedModel", ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
     """A step of a joined cache, in Python: ids [B, 1], positions [..., B, 1] -> float32 logits [B, vocab]."""
-    return _forward(loaded.model, ids, cache, positions).logits[:, -1].float()
+    alone = ids.shape[0] == 1
+    with one_row(vector_products(loaded.model).linears if alone else ()):
+        return forward(loaded.model, ids, cache, positions).logits[:, -1].float()
 
 
 def step_compiler(loaded: "LoadedModel") -> StepCompiler:
@@ -171,7 +195,45 @@ def step_compiler(loaded: "LoadedModel") -> StepCompiler:
     return StepCompiler(loaded, lambda ids, cache, positions: run_step(loaded, ids, cache, positions))
 
 
-@torch.no_grad()
+class Answer:
+    """One prompt's own sampler, ids and text; made before the clock starts, since it reads the vocabulary.
+
+    Args:
+        loaded: the model, and the processor whose tokenizer makes the text.
+        input_ids: LongTensor [1, N], the prompt.
+        settings: how to generate.
+    """
+
+    def __init__(self, loaded: "LoadedModel", input_ids: Tensor, settings: Settings) -> None:
+        self._choose = Sampler(loaded.model, input_ids, settings)
+        self._text = AnswerText(loaded.processor, settings.stop, self._choose.eos)
+        self._ids = input_ids
+        self.ended = False
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The next token [1, 1], from `logits` [vocab]."""
+        token = self._choose(self._ids, logits)
+        self._ids = torch.cat([self._ids, token], dim=-1)
+        return token
+
+    def take(self, index: int, token_id: int, elapsed_s: float, last: bool) -> list[Token | Done]:
+        """The token's event, and `Done` where it is the answer's last."""
+        text, reason = self._text.take(token_id, self._ids, last)
+        self.ended = reason is not None
+        events: list[Token | Done] = [Token(index, token_id, text, elapsed_s)]
+        if reason is not None:
+            events.append(Done(self._text.text, tuple(self._text.ids), reason))
+        return events
+
+
+def decode(
+    loaded: "LoadedModel", prefilled: Prefilled, settings: Settings, *, clock: Clock = time.perf_counter
+) -> Iterator[Token | Done]:
+    """Decode from a prefilled prompt, inside `prune`; `elapsed_s` counts from the start of decoding."""
+    for row in decode_batch(loaded, [prefilled], settings, clock=clock):
+        yield row.event
+
+
 def decode_batch(
     loaded: "LoadedModel",
     prompts: Sequence[Prefilled],
@@ -180,43 +242,59 @@ def decode_batch(
     *,
     clock: Clock = time.perf_counter,
 ) -> Iterator[Row]:
-    """Decode prefilled prompts together, inside `prune`; `elapsed_s` counts from the start of decoding.
+    """Decode prefilled prompts together, inside `prune`; `elapsed_s` counts from the start of decoding."""
+    answers = [Answer(loaded, prompt.input_ids, settings) for prompt in prompts]
+    vector_products(loaded.model)  # not timed
+    watch = Stopwatch(clock, prompts[0].input_ids.device)
+    yield from decode_answers(loaded, prompts, answers, settings.max_new_tokens, watch, compiler)
 
-    From the second token on the next step starts before its token is read, so that the device never waits for
-    Python; the first token's time is taken before any step, and each later one's after as many steps. A
-    sequence that ends leaves the batch; what it ran further by then is forgotten.
+
+@torch.no_grad()
+def decode_answers(
+    loaded: "LoadedModel",
+    prompts: Sequence[Prefilled],
+    answers: Sequence[Answer],
+    count: int,
+    watch: Stopwatch,
+    compiler: StepCompiler | None = None,
+) -> Iterator[Row]:
+    """The loop of all: at most `count` tokens of each prompt, timed by `watch`, which may run already.
+
+    Where prompts share steps on CUDA, or steps are compiled, from the second token on the next step starts
+    before its token is read, so that no device waits for Python; the first token's time is taken before
+    any step, and each later one's after as many steps. A sequence that ends leaves the batch; what it ran
+    further by then is forgotten.
     """
-    count = settings.max_new_tokens
-    rows = [_Sequence(loaded, prompt, index, settings) for index, prompt in enumerate(prompts)]
-    overlap = runs_ahead(prompts[0].input_ids.device)
-    watch = _Stopwatch(clock, prompts[0].input_ids.device)
+    rows = list(enumerate(answers))
     logits = torch.stack([prompt.logits for prompt in prompts])
     batch: DecodeBatch | None = None
+    ahead = False
     for index in range(count):
-        tokens = torch.cat([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
+        tokens = torch.cat([row.choose(scores) for (_, row), scores in zip(rows, logits, strict=True)])
         reading, more = _Reading(tokens), index + 1 < count
         if batch is None and more:
             compiled_s = _compile_s(compiler)
             batch = DecodeBatch(loaded, prompts, count - 1, compiler)
+            ahead = batch.runs_ahead
             watch.skip(_compile_s(compiler) - compiled_s)
-        ahead = batch if overlap and more else None
-        if ahead is not None and index:
-            logits = ahead.step(tokens)
+        step_now = batch if ahead and more else None
+        if step_now is not None and index:
+            logits = step_now.step(tokens)
         ids = reading.ids()
         elapsed_s = watch.elapsed_on_host()
-        if ahead is not None and not index:
-            logits = ahead.step(tokens)
-        for row, token_id in zip(rows, ids, strict=True):
+        if step_now is not None and not index:
+            logits = step_now.step(tokens)
+        for (number, row), token_id in zip(rows, ids, strict=True):
             if not row.ended:
-                events = iter(row.take(index, token_id, elapsed_s, last=not more))
+                events = (Row(number, event) for event in row.take(index, token_id, elapsed_s, not more))
                 # A device that runs ahead does not wait for who reads: that time passes for it, too.
-                yield from events if overlap else watch.pausing(events)
-        going = [place for place, row in enumerate(rows) if not row.ended]
+                yield from events if ahead else watch.pausing(events)
+        going = [place for place, (_, row) in enumerate(rows) if not row.ended]
         if not going or batch is None or not more:
             break
-        if len(going) < len(rows) and overlap and batch.compiled and len(going) > len(rows) // 2:
+        if len(going) < len(rows) and ahead and batch.compiled and len(going) > len(rows) // 2:
             # A captured step is for so many rows: those that ended stay, unread, until half are gone.
-            batch.forget([place for place, row in enumerate(rows) if row.ended])
+            batch.forget([place for place, (_, row) in enumerate(rows) if row.ended])
         elif len(going) < len(rows):
             rows, logits = [rows[place] for place in going], logits[going]
             tokens = tokens[going]
@@ -224,10 +302,10 @@ def decode_batch(
             batch.keep(going)
             # So many rows may need a capture of their own: no time of a token.
             watch.skip(_compile_s(compiler) - compiled_s)
-        if not overlap:
+        if not ahead:
             logits = batch.step(tokens)
     if batch is not None:
-        batch.settle(unread=int(overlap and more))
+        batch.settle(unread=int(ahead and more))
 
 
 def runs_ahead(device: torch.device) -> bool:
@@ -237,32 +315,6 @@ def runs_ahead(device: torch.device) -> bool:
 
 def _compile_s(compiler: StepCompiler | None) -> float:
     return 0.0 if compiler is None else compiler.stats.compile_s
-
-
-class _Sequence:
-    """One prompt's own sampler, ids and text."""
-
-    def __init__(self, loaded: "LoadedModel", prompt: Prefilled, index: int, settings: Settings) -> None:
-        self._index = index
-        self._choose = _Sampler(loaded.model, prompt.input_ids, settings)
-        self._text = AnswerText(loaded.processor, settings.stop, self._choose.eos)
-        self._ids = prompt.input_ids
-        self.ended = False
-
-    def choose(self, logits: Tensor) -> Tensor:
-        """The next token [1, 1]."""
-        token = self._choose(self._ids, logits)
-        self._ids = torch.cat([self._ids, token], dim=-1)
-        return token
-
-    def take(self, index: int, token_id: int, elapsed_s: float, last: bool) -> list[Row]:
-        """The token's event, and `Done` where it is the answer's last."""
-        text, reason = self._text.take(token_id, self._ids, last)
-        self.ended = reason is not None
-        events = [Row(self._index, Token(index, token_id, text, elapsed_s))]
-        if reason is not None:
-            events.append(Row(self._index, Done(self._text.text, tuple(self._text.ids), reason)))
-        return events
 
 
 class _Reading:
@@ -281,27 +333,3 @@ class _Reading:
         if self._event is not None:
             self._event.synchronize()
         return self._host[:, 0].tolist()
-
-
-def stream_compiled(
-    loaded: "LoadedModel",
-    prompt: Prompt,
-    policy: PLPHPConfig | Policy | None,
-    settings: Settings,
-    compiler: StepCompiler,
-    *,
-    clock: Clock = time.perf_counter,
-) -> Iterator[Event]:
-    """As `generate.stream`, with compiled steps where `compiler` can."""
-    device = prompt.inputs["input_ids"].device
-    with prune(loaded.model, policy) as pruner:
-        watch = _Stopwatch(clock, device)
-        prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
-        state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()
-        prefill_s = watch.elapsed()
-        yield PrefillDone(prefill_s, state.layers, state.prompt_tokens, vision_tokens)
-        for row in decode_batch(loaded, [prefilled], settings, compiler, clock=clock):
-            event = row.event
-            if isinstance(event, Token):
-                event = replace(event, elapsed_s=prefill_s + event.elapsed_s)
-            yield event

@@ -100,8 +100,10 @@ def _builtin() -> dict[str, Any]:
     from PIL import Image
 
     from plphp_cli import models
-    from plphp_cli.generate import Done, Settings, stream
+    from plphp_cli.decoding import Done
+    from plphp_cli.generate import stream
     from plphp_cli.images import LoadedImage
+    from plphp_cli.sampling import Settings
 
     loaded = models.load(models.BUILTIN)
     red = LoadedImage(Image.new("RGB", (96, 96), "red"), "red", (96, 96), (), "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import Prefilled, advance, prefill
+from plphp_cli.prefilling import Prefilled, advance, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import FixedRates, Policy
 

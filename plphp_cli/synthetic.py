@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from plphp_cli.cache import PrunableLayer
-from plphp_cli.generate import Prefilled
 from plphp_cli.models import LoadedModel
+from plphp_cli.prefilling import Prefilled
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import retained
 from plphp_cli.sequence import SequenceState, layer_state

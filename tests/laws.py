@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import advance, prefill
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.pruning import FixedRates, LayerOnlyPolicy, RandomPolicy, UniformPolicy
 from plphp_cli.support import LINEAR, layer_kinds
 

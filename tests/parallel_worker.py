@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from plphp_cli import models, parallel
 from plphp_cli.attention import prune
-from plphp_cli.generate import advance, prefill
+from plphp_cli.prefilling import advance, prefill
 
 NEW_TOKENS = 6
 

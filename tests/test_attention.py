@@ -14,7 +14,7 @@ from plphp_cli.attention import prune
 from plphp_cli.cache import cache_name, cache_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ConfigError, ImageError, NestedPruneError, UnsupportedError
-from plphp_cli.generate import prefill
+from plphp_cli.prefilling import prefill
 
 LAWS = [
     *laws.OF_EVERY_MODEL,

@@ -15,8 +15,8 @@ from packaging.version import Version
 from plphp_cli import backends, models
 from plphp_cli.attention import prune
 from plphp_cli.errors import UnsupportedError, UsageError
-from plphp_cli.generate import advance, prefill
 from plphp_cli.models.choices import ATTENTION, check_attention
+from plphp_cli.prefilling import advance, prefill
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
 LAWS = [

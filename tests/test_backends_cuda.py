@@ -10,7 +10,7 @@ from families import as_prompt, load
 from laws import CUT
 
 from plphp_cli.attention import prune
-from plphp_cli.generate import advance, prefill
+from plphp_cli.prefilling import advance, prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LAWS = [

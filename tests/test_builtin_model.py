@@ -13,10 +13,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from plphp_cli.builtin import choose
 from plphp_cli.builtin.evaluate import PLPHP, UNPRUNED, answer_ids, draw_items, evaluate, pictures
 from plphp_cli.dataset import read_examples
-from plphp_cli.generate import Done, PrefillDone, Settings, stream
+from plphp_cli.decoding import Done
+from plphp_cli.generate import PrefillDone, stream
 from plphp_cli.images import load_image
 from plphp_cli.models import default_config, load, prepare
 from plphp_cli.models.sources import BUILTIN_FOLDER
+from plphp_cli.sampling import Settings
 
 SAMPLES = Path(__file__).parents[1] / "sample_images" / "prompts.jsonl"
 EXAMPLES = read_examples(SAMPLES)

@@ -22,8 +22,8 @@ from plphp_cli.attention import prune
 from plphp_cli.card import describe, parse_size
 from plphp_cli.cli.app import main
 from plphp_cli.errors import UnsupportedError, UsageError
-from plphp_cli.generate import prefill
 from plphp_cli.models import decoder_weight_bytes
+from plphp_cli.prefilling import prefill
 from plphp_cli.reports.card import card_report, verdict
 from plphp_cli.serialize import parse, to_json
 from plphp_cli.support import FULL, SLIDING, layer_kinds

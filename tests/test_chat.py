@@ -12,9 +12,12 @@ from plphp_cli.attention import prune
 from plphp_cli.chat.conversation import Begun, Conversation
 from plphp_cli.chat.quality import judge_turn
 from plphp_cli.chat.records import CONTINUED, EACH_TURN, FIRST_TURN, STARTED_OVER
-from plphp_cli.generate import Done, Settings, Token, prefill, stream
+from plphp_cli.decoding import Done, Token
+from plphp_cli.generate import stream
+from plphp_cli.prefilling import prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import along, kl, teacher_forced
+from plphp_cli.sampling import Settings
 from plphp_cli.vision import image_token_id
 
 NEW_TOKENS = 6

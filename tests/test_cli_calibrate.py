@@ -7,9 +7,9 @@ from toy_model import save_toy_llava
 
 from plphp_cli.cli.app import main
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import prefill
 from plphp_cli.images import load_image
 from plphp_cli.models import load, prepare
+from plphp_cli.prefilling import prefill
 from plphp_cli.pruning import FixedRates
 from plphp_cli.quality import kl, teacher_forced
 
@@ -70,7 +70,9 @@ def test_need_is_the_divergence_when_the_layer_alone_loses_its_vision_cache(toy,
     record = json.loads(capsys.readouterr().out)
     loaded = load(toy)
     prompt = prepare(loaded, [load_image(tmp_path / "red.png")], "what is in image 0?")
-    from plphp_cli.generate import Done, Settings, stream
+    from plphp_cli.decoding import Done
+    from plphp_cli.generate import stream
+    from plphp_cli.sampling import Settings
 
     *_, done = stream(loaded, prompt, None, Settings(max_new_tokens=6))
     assert isinstance(done, Done)

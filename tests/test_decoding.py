@@ -11,10 +11,11 @@ from plphp_cli import compiled as compiled_module
 from plphp_cli import decoding as decoding_module
 from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer
-from plphp_cli.decoding import DecodeBatch, decode_batch, step_compiler
+from plphp_cli.decoding import DecodeBatch, Done, Token, decode, decode_batch, step_compiler
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.generate import Done, Settings, Token, advance, decode, prefill
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.pruning import FixedRates
+from plphp_cli.sampling import Settings
 from plphp_cli.support import LINEAR, layer_kinds
 
 STEPS = 6

@@ -10,9 +10,11 @@ from toy_model import save_toy_llava
 
 from plphp_cli import models, prune
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import Done
 from plphp_cli.errors import DeviceMemoryError
-from plphp_cli.generate import Done, Settings, stream
+from plphp_cli.generate import stream
 from plphp_cli.models.loaded import decoder_weight_bytes, model_bytes
+from plphp_cli.sampling import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")

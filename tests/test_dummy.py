@@ -11,10 +11,10 @@ from test_profile_cli import command, image, toy  # noqa: F401  (fixtures)
 from plphp_cli.attention import prune
 from plphp_cli.cli.app import main
 from plphp_cli.cli.dummy_options import recorded_rates
-from plphp_cli.generate import prefill
 from plphp_cli.models import decoder_weight_bytes
 from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.models.shapes import SHAPES
+from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.records import (
     ArmsRecord,
     LayerProfile,

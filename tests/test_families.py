@@ -29,7 +29,7 @@ from plphp_cli.card import describe
 from plphp_cli.cli.app import main
 from plphp_cli.errors import RefusedModelError
 from plphp_cli.families import Assumption
-from plphp_cli.generate import prefill
+from plphp_cli.prefilling import prefill
 from plphp_cli.support import LINEAR, check_model, layer_kinds
 
 ALL = [*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]

@@ -9,20 +9,12 @@ from toy_model import toy_tokenizer
 
 from plphp_cli.answer_text import AnswerText
 from plphp_cli.attention import prune
+from plphp_cli.decoding import Done, Token, decode
 from plphp_cli.errors import UnsupportedError, UsageError
-from plphp_cli.generate import (
-    Done,
-    PrefillDone,
-    Settings,
-    Token,
-    advance,
-    decode,
-    decode_after,
-    own_place,
-    prefill,
-    stream,
-)
+from plphp_cli.generate import PrefillDone, decode_after, own_place, stream
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.quality import along
+from plphp_cli.sampling import Settings
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from plphp_cli.cli.app import main
 from plphp_cli.cli.failures import explained
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import DeviceMemoryError, ImageError, ModelError, PLPHPError, UsageError
-from plphp_cli.generate import prefill
 from plphp_cli.models.choices import check_stored_dtype, choose_dtype
 from plphp_cli.models.loaded import decoder_weight_bytes, model_bytes
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.placing import check_packages, main_device, placement
+from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
 from plphp_cli.profiling.records import PRUNED
 

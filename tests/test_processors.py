@@ -13,8 +13,10 @@ from transformers.utils import is_torchvision_available
 from plphp_cli import families, models
 from plphp_cli.attention import prune
 from plphp_cli.errors import ImageError, ModelError, UnsupportedError, UsageError
-from plphp_cli.generate import Settings, prefill, stream
+from plphp_cli.generate import stream
 from plphp_cli.images import LoadedImage, load_image
+from plphp_cli.prefilling import prefill
+from plphp_cli.sampling import Settings
 from plphp_cli.vision import image_token_id
 
 ABSENT = pytest.mark.skipif(

@@ -6,7 +6,7 @@ from families import as_prompt, load
 from laws import CUT, NEW_TOKENS, answer, settings_of
 
 from plphp_cli.attention import prune
-from plphp_cli.generate import advance, prefill
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.pruning import FixedRates
 from plphp_cli.quality import divergence, kl, layer_need, teacher_forced
 

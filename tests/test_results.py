@@ -242,10 +242,12 @@ def test_a_layer_record_from_a_state():
 def test_the_record_of_a_real_run_adds_up_and_round_trips(tmp_path):
     from toy_model import save_toy_llava
 
-    from plphp_cli import generate, models
+    from plphp_cli import models
     from plphp_cli.environment import environment
+    from plphp_cli.generate import stream
     from plphp_cli.images import load_image
     from plphp_cli.memory import MemorySampler
+    from plphp_cli.sampling import Settings
 
     Image.new("RGB", (9, 5), "red").save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png")
@@ -253,9 +255,8 @@ def test_the_record_of_a_real_run_adds_up_and_round_trips(tmp_path):
     prompt = models.prepare(loaded, [image], "what?")
     config = PLPHPConfig()
     with MemorySampler(loaded.device) as sampler:
-        prefill, *tokens, done = generate.stream(
-            loaded, prompt, config, generate.Settings(max_new_tokens=20, stop_at_eos=False)
-        )
+        settings = Settings(max_new_tokens=20, stop_at_eos=False)
+        prefill, *tokens, done = stream(loaded, prompt, config, settings)
     layers = tuple(LayerRecord.from_state(state) for state in prefill.layers)
     arm = ArmRecord.from_stream(
         text=done.text,

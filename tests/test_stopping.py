@@ -7,9 +7,11 @@ from plphp_cli import models
 from plphp_cli.answer_text import AnswerText, until_stop
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.decoding import decode_batch
+from plphp_cli.decoding import Done, Token, decode_batch
 from plphp_cli.errors import UsageError
-from plphp_cli.generate import Done, Settings, Token, prefill, stream
+from plphp_cli.generate import stream
+from plphp_cli.prefilling import prefill
+from plphp_cli.sampling import Settings
 
 CUT = PLPHPConfig(r=0.3, delta_r=0.2, alpha=0.6, beta=0.3)
 

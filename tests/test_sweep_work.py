@@ -16,9 +16,9 @@ from transformers import LlavaForConditionalGeneration
 from plphp_cli import models
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import advance, prefill
 from plphp_cli.images import load_image
 from plphp_cli.models.options import LoadOptions
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.profiling import session as session_module
 from plphp_cli.profiling.answers import answer_with
 from plphp_cli.profiling.fresh import FreshPeaks

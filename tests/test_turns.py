@@ -13,8 +13,8 @@ from plphp_cli import models
 from plphp_cli.chat.conversation import Conversation
 from plphp_cli.chat.records import CONTINUED, FIRST_TURN, STARTED_OVER
 from plphp_cli.errors import ImageError, UnsupportedError, UsageError
-from plphp_cli.generate import Settings
 from plphp_cli.models import Turn, prepare_turns
+from plphp_cli.sampling import Settings
 from plphp_cli.support import FULL, layer_kinds
 
 TALKERS = [name for name in ALL if "paligemma" not in (name.values if hasattr(name, "values") else [name])]

@@ -18,8 +18,8 @@ from plphp_cli.builtin.architecture import VISION_TOKENS
 from plphp_cli.builtin.evaluate import Item, answer_ids, draw_items, judge, pictures
 from plphp_cli.calibration import CalibrationRecord, Survey, settle, survey
 from plphp_cli.config import SCOPES, PLPHPConfig
-from plphp_cli.generate import prefill
 from plphp_cli.models import LoadedModel, prepare
+from plphp_cli.prefilling import prefill
 from plphp_cli.pruning import allocate, retained
 
 PROMPTS = 120

@@ -23,9 +23,9 @@ from plphp_cli.attention import prune
 from plphp_cli.builtin.questions import DROPPED, LONG_ANSWER_TOKENS, QA, Group, ask, sample_group
 from plphp_cli.builtin.scenes import SIZE, Split, render
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import Prefilled, prefill
 from plphp_cli.images import LoadedImage
 from plphp_cli.models import LoadedModel, default_config, load, prepare
+from plphp_cli.prefilling import Prefilled, prefill
 from plphp_cli.pruning import HeadOnlyPolicy, LayerOnlyPolicy, Policy, RandomPolicy, UniformPolicy
 from plphp_cli.quality import along
 

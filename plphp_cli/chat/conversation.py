@@ -19,10 +19,12 @@ from plphp_cli.attention import prune
 from plphp_cli.cache import PrunableLayer, layer_bytes
 from plphp_cli.chat.records import CONTINUED, EACH_TURN, STARTED_OVER
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import Done, Token, decode
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.generate import Done, Prefilled, Settings, Token, advance, decode, prefill
+from plphp_cli.prefilling import Prefilled, advance, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
+from plphp_cli.sampling import Settings
 from plphp_cli.sequence import LayerState
 
 if TYPE_CHECKING:

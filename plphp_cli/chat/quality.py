@@ -9,9 +9,11 @@ from torch import Tensor
 from plphp_cli.attention import prune
 from plphp_cli.chat.conversation import Conversation
 from plphp_cli.chat.records import TurnQuality
-from plphp_cli.generate import Done, Settings, decode, prefill
+from plphp_cli.decoding import Done, decode
+from plphp_cli.prefilling import prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import along, kl
+from plphp_cli.sampling import Settings
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel

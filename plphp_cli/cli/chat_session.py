@@ -79,7 +79,7 @@ class ChatSession:
         Raises:
             PLPHPError: the question cannot be asked, or not be answered.
         """
-        from plphp_cli.generate import Done, Token
+        from plphp_cli.decoding import Done, Token
         from plphp_cli.models import Turn, prepare_turns
 
         assert self._loaded is not None

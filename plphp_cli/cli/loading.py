@@ -7,8 +7,8 @@ from plphp_cli.models.options import LoadOptions
 from plphp_cli.results import GenerationRecord
 
 if TYPE_CHECKING:
-    from plphp_cli.generate import Settings
     from plphp_cli.models import LoadedModel
+    from plphp_cli.sampling import Settings
 
 
 def load_model(
@@ -47,7 +47,7 @@ def model_notes(loaded: "LoadedModel") -> list[str]:
 
 def settings_of(wanted: GenerationRecord, max_new_tokens: int | None = None) -> "Settings":
     """How to generate what the user asked for, or so many tokens of it."""
-    from plphp_cli.generate import Settings
+    from plphp_cli.sampling import Settings
 
     length = wanted.max_new_tokens if max_new_tokens is None else max_new_tokens
     return Settings(length, wanted.temperature, wanted.top_p, wanted.seed, stop=wanted.stop)

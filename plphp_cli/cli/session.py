@@ -31,9 +31,9 @@ from plphp_cli.results import (
 
 if TYPE_CHECKING:
     from plphp_cli.compiled import StepCompiler
-    from plphp_cli.generate import Settings
     from plphp_cli.models import LoadedModel
     from plphp_cli.prompt import Prompt
+    from plphp_cli.sampling import Settings
 
 PRUNED, UNPRUNED = "pruned", "unpruned"
 WARM_UP_TOKENS = 4
@@ -254,20 +254,20 @@ class RunSession:
         self._check()
 
     def _stream(self, policy: PLPHPConfig | None, settings: "Settings") -> Any:
-        from plphp_cli.decoding import step_compiler, stream_compiled
+        from plphp_cli.decoding import step_compiler
         from plphp_cli.generate import stream
 
         assert self._prompt is not None
         assert self._loaded is not None
-        if not self._request.compile:
-            return stream(self._loaded, self._prompt, policy, settings)
-        # The warm-up compiles and captures; both arms then decode by what it left.
-        self._compiler = self._compiler or step_compiler(self._loaded)
-        return stream_compiled(self._loaded, self._prompt, policy, settings, self._compiler)
+        if self._request.compile and self._compiler is None:
+            # The warm-up compiles and captures; both arms then decode by what it left.
+            self._compiler = step_compiler(self._loaded)
+        return stream(self._loaded, self._prompt, policy, settings, self._compiler)
 
     def _follow(self, arm: ArmSnapshot, events: Any) -> None:
         """Show each event of a stream; close the stream whatever happens, so that the model is restored."""
-        from plphp_cli.generate import Done, PrefillDone, Token
+        from plphp_cli.decoding import Done, Token
+        from plphp_cli.generate import PrefillDone
 
         try:
             for event in events:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import Done, Settings, stream
+from plphp_cli.decoding import Done
+from plphp_cli.generate import stream
 from plphp_cli.profiling.records import PRUNED, STOCK, UNPRUNED, QualityRecord, TextsRecord
 from plphp_cli.profiling.statistics import percentile
 from plphp_cli.prompt import Prompt
 from plphp_cli.quality import Divergence, divergence, teacher_forced
+from plphp_cli.sampling import Settings
 from plphp_cli.support import without_left_out
 
 if TYPE_CHECKING:

@@ -16,10 +16,11 @@ from plphp_cli.attention import prune
 from plphp_cli.cache import cache_of
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import decode_batch
-from plphp_cli.generate import Settings, decode, prefill
+from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.timing import Timer, generate_exactly, stock_rows, time_stock
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
+from plphp_cli.sampling import Settings
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -178,9 +179,7 @@ def _path(
         rows = [prefilled, *(prefilled.fork(new_tokens) for _ in range(batch_size - 1))]
         meter.reset()
         settings = Settings(steps, stop_at_eos=False)
-        for _ in (
-            decode(loaded, prefilled, settings) if batch_size == 1 else decode_batch(loaded, rows, settings)
-        ):
+        for _ in decode_batch(loaded, rows, settings):
             pass
         return after_prefill, meter.peak
 

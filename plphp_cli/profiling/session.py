@@ -15,10 +15,10 @@ from plphp_cli.attention import prune
 from plphp_cli.compiled import StepCompiler, caveats
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import step_compiler
-from plphp_cli.generate import Clock, prefill
 from plphp_cli.memory import known
 from plphp_cli.models import LoadedModel, is_out_of_memory, prepare
 from plphp_cli.models.dummy import dummy_prompt
+from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.circumstances import circumstances, figures_of, fresh_job
@@ -34,6 +34,7 @@ from plphp_cli.profiling.timing import Arm, PathArm, StockArm, Timer, time_pruni
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
 from plphp_cli.results import CompileRecord
+from plphp_cli.stopwatch import Clock
 from plphp_cli.support import layer_kinds
 
 # Passes of their own for the prune time: enough for a median, and a prefill each.

@@ -22,10 +22,12 @@ from plphp_cli.attention import prune
 from plphp_cli.cache import cache_name, cache_of
 from plphp_cli.compiled import StepCompiler
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.decoding import decode_batch
-from plphp_cli.generate import Clock, Prefilled, Settings, Token, decode, prefill
+from plphp_cli.decoding import Token, decode_batch
+from plphp_cli.prefilling import Prefilled, prefill
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
+from plphp_cli.sampling import Settings
+from plphp_cli.stopwatch import Clock
 from plphp_cli.support import without_left_out
 from plphp_cli.vision import image_features
 
@@ -262,11 +264,8 @@ def time_decode(
     # Without a processor no text is made: that would count as the next token's time.
     mute: Any = _without_text(loaded)
     settings = Settings(new_tokens, stop_at_eos=False)
-    if len(prompts) == 1 and compiler is None:
-        events: list[Any] = list(decode(mute, prompts[0], settings, clock=timer.clock))
-    else:
-        rows = decode_batch(mute, prompts, settings, compiler, clock=timer.clock)
-        events = [row.event for row in rows if row.index == 0]
+    rows = decode_batch(mute, prompts, settings, compiler, clock=timer.clock)
+    events = [row.event for row in rows if row.index == 0]
     tokens = [event for event in events if isinstance(event, Token)]
     return _sample([t.elapsed_s for t in tokens], [t.token_id for t in tokens])
 

@@ -25,9 +25,9 @@ from plphp_cli.attention import prune
 from plphp_cli.builtin.evaluate import draw_items, pictures
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.dataset import read_examples
-from plphp_cli.generate import advance, prefill
 from plphp_cli.images import load_image
 from plphp_cli.models import default_config, load, prepare
+from plphp_cli.prefilling import advance, prefill
 from plphp_cli.profiling.answers import answer_with
 from plphp_cli.profiling.state import Question
 from plphp_cli.quality import divergence

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.generate import prefill
 from plphp_cli.models import prepare
+from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.compose import ratio_profile
 from plphp_cli.profiling.records import RatioProfile
 from plphp_cli.profiling.schedule import alternated

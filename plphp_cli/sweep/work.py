@@ -13,14 +13,17 @@ from torch import Tensor
 from plphp_cli import __version__
 from plphp_cli.attention import prune
 from plphp_cli.config import PLPHPConfig
+from plphp_cli.decoding import Done, decode
 from plphp_cli.errors import UnsupportedError
-from plphp_cli.generate import Done, Prefilled, Settings, advance, decode, decode_after, own_place, prefill
+from plphp_cli.generate import decode_after, own_place
 from plphp_cli.models import prepare
+from plphp_cli.prefilling import Prefilled, advance, prefill
 from plphp_cli.profiling.answers import is_exact
 from plphp_cli.profiling.state import Question
 from plphp_cli.profiling.timing import Timer
 from plphp_cli.pruning import FixedRates, PLPHPPolicy
 from plphp_cli.quality import Divergence, along, divergence
+from plphp_cli.sampling import Settings
 from plphp_cli.sweep.matching import Budget, policy_of
 from plphp_cli.sweep.plan import CutPlan, plan
 from plphp_cli.sweep.records import BASELINE, Row, Setting
