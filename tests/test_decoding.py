@@ -288,3 +288,30 @@ def test_as_many_steps_as_tokens_lie_between_the_first_time_and_any_other(monkey
     assert times[0] == 0
     assert times[-1] == len(times) - 1 == len(steps)
     assert all(time >= place for place, time in enumerate(times))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_steps_started_before_their_token_is_read_change_no_answer(monkeypatch, name):
+    """As on CUDA: a step whose token turns out to be nobody's is taken back, from cache and positions."""
+    family, policy = load(name), FixedRates({}, 0.5)
+    answers, states = {}, {}
+    for ahead in (False, True):
+        monkeypatch.setattr(decoding_module, "runs_ahead", lambda device, ahead=ahead: ahead)
+        with torch.no_grad(), prune(family.model, policy) as pruner:
+            runs = prefilled(family, [policy] * 2, pruner)
+            # The id with which one answer goes on ends it, so that a step is under way as it ends.
+            if not answers:
+                ids = list(decode(family.loaded, runs[0].fork(STEPS), Settings(STEPS)))[-1].token_ids
+            settings = Settings(STEPS + 4)
+            monkeypatch.setattr(family.model.generation_config, "eos_token_id", ids[2])
+            rows = list(decode_batch(family.loaded, runs, settings))
+        answers[ahead] = {row.index: row.event.token_ids for row in rows if isinstance(row.event, Done)}
+        states[ahead] = [
+            (layer.seen, layer.held)
+            for run in runs
+            for layer in run.cache.layers
+            if isinstance(layer, PrunableLayer)
+        ]
+    assert set(answers[False]) == {0, 1}
+    assert answers[True] == answers[False]
+    assert states[True] == states[False]

@@ -220,7 +220,7 @@ def _finish(
     if json_target == "-":
         write_stdout(to_json(record))
     console = stderr_console()
-    for note in session.compile_notes():
+    for note in session.engine_notes():
         say(f"note: {note}")
     if session.started:
         colour = console.color_system is not None and not console.no_color

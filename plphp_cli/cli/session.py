@@ -225,7 +225,7 @@ class RunSession:
                 *(() if loaded is None else loaded.warnings),
                 *(() if prompt is None else prompt.notes),
                 *self._caveats(),
-                *self.compile_notes(),
+                *self.engine_notes(),
                 *notes,
             ),
             interrupted=interrupted,
@@ -236,12 +236,15 @@ class RunSession:
 
         return caveats(self._loaded) if self._request.compile and self._loaded is not None else []
 
-    def compile_notes(self) -> list[str]:
-        """What came of compiling; nothing where it was not asked for."""
-        if self._compiler is None:
-            return []
-        # A run decodes four times at most, its warm-ups included.
-        return [compiled_steps(CompileRecord.from_stats(self._compiler.stats))]
+    def engine_notes(self) -> list[str]:
+        """How the engine decoded, where that is not as always: compiled steps, products by another way."""
+        from plphp_cli.products import remarks
+
+        found = [] if self._loaded is None else remarks(self._loaded.model)
+        if self._compiler is not None:
+            # A run decodes four times at most, its warm-ups included.
+            found.append(compiled_steps(CompileRecord.from_stats(self._compiler.stats)))
+        return found
 
     def _prepare(self) -> None:
         from plphp_cli.models import prepare

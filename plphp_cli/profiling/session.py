@@ -19,6 +19,7 @@ from plphp_cli.memory import known
 from plphp_cli.models import LoadedModel, is_out_of_memory, prepare
 from plphp_cli.models.dummy import dummy_prompt
 from plphp_cli.prefilling import prefill
+from plphp_cli.products import remarks
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
 from plphp_cli.profiling.bound import Limits
 from plphp_cli.profiling.circumstances import circumstances, figures_of, fresh_job
@@ -110,6 +111,7 @@ class ProfileSession:
                 self._time(state)
         assert self._loaded is not None
         device, dtype = self._loaded.device, self._loaded.dtype
+        self._warnings += remarks(self._loaded.model)
         self._release()
         with self._pace.piece("machine", "bandwidth and rate of this device"):
             machine = measure_machine(device, dtype)
