@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from plphp_cli.errors import PLPHPError, UnsupportedError
 from plphp_cli.joined import HANDLE, JoinedLayer
 from plphp_cli.models.failures import first_line
-from plphp_cli.products import times_row, vector_products
+from plphp_cli.products import column_products, times_columns
 
 if TYPE_CHECKING:
     from plphp_cli.models import LoadedModel
@@ -193,7 +193,7 @@ class StepCompiler:
             raise UnsupportedError("layers whose forward something else has replaced are not compiled")
         one = len(cache.layers[0].rows) == 1
         on_cuda = next(layers[0].parameters()).is_cuda
-        parts = _row_products(layers, vector_products(self._model).linears) if one else []
+        parts = _row_products(layers, column_products(self._model, 1).linears) if one else []
         changed: list[Any] = []
         with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_MOST_VARIANTS):
             try:
@@ -318,13 +318,13 @@ def _compiled(kind: Any, row: bool) -> Callable[..., Any]:
     return torch.compile(kind.forward, options=options or None)
 
 
-def _row_products(layers: list[Any], by_vector: Sequence[nn.Linear]) -> list[tuple[nn.Linear, Product]]:
+def _row_products(layers: list[Any], as_columns: Sequence[nn.Linear]) -> list[tuple[nn.Linear, Product]]:
     """The linear layers that take one row another way than their own, each with its way."""
-    vectors = set(by_vector)
+    columns = set(as_columns)
     linears = [part for layer in layers for part in layer.modules() if type(part) is nn.Linear]
     apart = [part for part in linears if part.weight.is_cuda and part.bias is not None]
     found: list[tuple[nn.Linear, Product]] = [(part, _bias_apart) for part in apart]
-    return found + [(part, times_row) for part in linears if part in vectors]
+    return found + [(part, times_columns) for part in linears if part in columns]
 
 
 def _bias_apart(linear: nn.Linear, states: Tensor) -> Tensor:

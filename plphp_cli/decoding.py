@@ -23,7 +23,7 @@ from plphp_cli.compiled import Step, StepCompiler
 from plphp_cli.errors import UnsupportedError
 from plphp_cli.joined import join
 from plphp_cli.prefilling import Prefilled, advance, forward
-from plphp_cli.products import one_row, vector_products
+from plphp_cli.products import as_columns, column_products, time_products
 from plphp_cli.sampling import Sampler, Settings
 from plphp_cli.stopwatch import Clock, Stopwatch
 
@@ -114,7 +114,7 @@ class DecodeBatch:
     def step(self, ids: Tensor) -> Tensor:
         """Feed one token to each prompt, ids [B, 1]; returns logits [B, vocab], good until the next step."""
         if self._cache is None:
-            with one_row(vector_products(self._loaded.model).linears):
+            with as_columns(column_products(self._loaded.model, 1).linears):
                 return advance(self._loaded, self.prompts[0], ids)[-1:]
         self._steps += 1
         if self._compiled is not None:
@@ -134,7 +134,10 @@ class DecodeBatch:
             lengths[:, list(rows)] = 0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these prompts, by their places in the batch; the others have left it."""
+        """Go on with these prompts, by their places in the batch; the others have left it.
+
+        Those have no further use: a step that ran ahead of their last token is not taken back.
+        """
         self.settle()
         self.prompts = [self.prompts[row] for row in rows]
         if self.prompts:
@@ -185,8 +188,7 @@ class DecodeBatch:
 
 def run_step(loaded: "LoadedModel", ids: Tensor, cache: Cache, positions: Tensor | None) -> Tensor:
     """A step of a joined cache, in Python: ids [B, 1], positions [..., B, 1] -> float32 logits [B, vocab]."""
-    alone = ids.shape[0] == 1
-    with one_row(vector_products(loaded.model).linears if alone else ()):
+    with as_columns(column_products(loaded.model, ids.shape[0]).linears):
         return forward(loaded.model, ids, cache, positions).logits[:, -1].float()
 
 
@@ -244,7 +246,7 @@ def decode_batch(
 ) -> Iterator[Row]:
     """Decode prefilled prompts together, inside `prune`; `elapsed_s` counts from the start of decoding."""
     answers = [Answer(loaded, prompt.input_ids, settings) for prompt in prompts]
-    vector_products(loaded.model)  # not timed
+    time_products(loaded.model, len(prompts))
     watch = Stopwatch(clock, prompts[0].input_ids.device)
     yield from decode_answers(loaded, prompts, answers, settings.max_new_tokens, watch, compiler)
 
@@ -262,8 +264,8 @@ def decode_answers(
 
     Where prompts share steps on CUDA, or steps are compiled, from the second token on the next step starts
     before its token is read, so that no device waits for Python; the first token's time is taken before
-    any step, and each later one's after as many steps. A sequence that ends leaves the batch; what it ran
-    further by then is forgotten.
+    any step, and each later one's after as many steps. A sequence that ends leaves the batch; its
+    cache may then hold a token that nobody read.
     """
     rows = list(enumerate(answers))
     logits = torch.stack([prompt.logits for prompt in prompts])

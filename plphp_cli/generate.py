@@ -21,7 +21,7 @@ from plphp_cli.compiled import StepCompiler
 from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import Answer, Done, Token, decode, decode_answers
 from plphp_cli.prefilling import Prefilled, prefill
-from plphp_cli.products import vector_products
+from plphp_cli.products import time_products
 from plphp_cli.prompt import Prompt
 from plphp_cli.pruning import Policy
 from plphp_cli.sampling import Sampler, Settings
@@ -71,7 +71,7 @@ def stream(
     ids = prompt.inputs["input_ids"]
     with prune(loaded.model, policy) as pruner:
         answer = Answer(loaded, ids, settings)
-        vector_products(loaded.model)  # not timed
+        time_products(loaded.model, 1)
         watch = Stopwatch(clock, ids.device)
         prefilled = prefill(loaded, prompt, pruner, settings.max_new_tokens)
         state, vision_tokens = prefilled.state, prefilled.state.vision.positions.numel()

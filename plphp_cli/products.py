@@ -1,10 +1,10 @@
-"""Products of one token's states by a weight matrix, where torch has a faster way than the linear layer's.
+"""Products of a step's few rows by a weight matrix, where torch has a faster way than the linear layer's own.
 
-A decoding step of one prompt multiplies one row by every matrix, and reading the matrix is what that takes.
-In bfloat16 on a CPU the linear layer's kernel is made for many rows: by version of torch and machine it reads
-at 0.7 to 1.2 times the rate of a product of a matrix by a vector. So both are timed once, on the model's own
-matrices, and the faster one is taken, by every arm that this engine runs. Both add up in float32 and round
-once; their last digits may differ.
+A decoding step multiplies one row a prompt by every matrix, and reading the matrix is what that takes. In
+bfloat16 on a CPU the linear layer's kernel is made for many rows: by version of torch and machine it reads at
+0.6 to 1.2 times the rate of the product of the matrix by the rows as columns (one row: as a vector). So both
+are timed once, on the model's own matrices, and the faster one is taken, by every arm that this engine runs.
+Both add up in float32; the last digits of what they round to may differ.
 """
 
 import time
@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_function
 
+# More rows are the linear layer's own: its kernel is made for them.
+MOST_ROWS = 16
+# Rows that are timed for all numbers of them but one.
+_FEW = 4
 # What is timed: more would take seconds, and less might stay in the processor's caches.
 _SAMPLE_BYTES = 64 << 20
 _LEAST_BYTES = 16 << 20
@@ -28,46 +32,66 @@ _LEAST_GAIN = 1.15
 
 
 @dataclass(frozen=True)
-class VectorProducts:
-    """What was found for one model: which of its linear layers go by the vector way, and what that gains.
+class ColumnProducts:
+    """What was found for one model and so many rows.
 
     Attributes:
-        linears: of the decoder and the output head; empty where the linear layers' own way stays.
-        gain: seconds of the linear way over those of the vector way; None where nothing was timed.
+        rows: that were timed.
+        linears: linear layers of the decoder and the output head that take rows as columns; empty where their
+            own way stays.
+        gain: seconds of the linear layers' way over those of the other; None where nothing was timed.
     """
 
+    rows: int
     linears: tuple[nn.Linear, ...] = ()
     gain: float | None = None
 
 
-_FOUND: WeakKeyDictionary[nn.Module, dict[int, VectorProducts]] = WeakKeyDictionary()
+# Model -> (threads, rows that are timed) -> what was found.
+_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int], ColumnProducts]] = WeakKeyDictionary()
 
 
-def vector_products(model: Any) -> VectorProducts:
-    """What is faster for this model on this machine, with torch's present number of threads; timed once."""
+def column_products(model: Any, rows: int) -> ColumnProducts:
+    """What is faster for steps of so many rows, with torch's present number of threads; timed once.
+
+    That takes a tenth of a second for a large model in bfloat16 on a CPU, else nothing.
+    """
+    if rows > MOST_ROWS:
+        return ColumnProducts(rows)
     found = _FOUND.setdefault(model, {})
-    threads = torch.get_num_threads()
-    if threads not in found:
-        found[threads] = _found(model)
-    return found[threads]
+    key = torch.get_num_threads(), 1 if rows == 1 else _FEW
+    if key not in found:
+        found[key] = _found(model, key[1])
+    return found[key]
+
+
+def time_products(model: Any, rows: int) -> None:
+    """Find out now what a batch of so many rows, and what remains of it, will ask for: no time of a token."""
+    for count in {1, rows}:
+        column_products(model, count)
 
 
 def remarks(model: Any) -> list[str]:
-    """What a reader of figures must know of the products of one row, once they were timed."""
-    return [
-        "bfloat16 weights are multiplied by one token's states as by a vector, in all arms but stock: "
-        f"{found.gain:.2f}x as fast, on this machine, as the linear layers' own way"
-        for found in _FOUND.get(model, {}).values()
+    """What a reader of figures must know of these products, once they were timed."""
+    gains = [
+        f"{found.gain:.2f}x as fast for {'one token' if found.rows == 1 else f'{found.rows} tokens'}"
+        for _, found in sorted(_FOUND.get(model, {}).items(), key=lambda each: each[0])
         if found.linears and found.gain is not None
+    ]
+    if not gains:
+        return []
+    return [
+        "bfloat16 weights are multiplied by a step's tokens as columns, in all arms but stock: timed on this "
+        f"machine, {', '.join(gains)} as the linear layers' own way"
     ]
 
 
 @contextmanager
-def one_row(linears: Sequence[nn.Linear]) -> Iterator[None]:
-    """While open, these multiply one row as a vector, and more rows as they always do."""
+def as_columns(linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """While open, these multiply a few rows as columns, and more rows as they always do."""
     changed = [linear for linear in linears if "forward" not in vars(linear)]
     for linear in changed:
-        vars(linear)["forward"] = MethodType(times_row, linear)
+        vars(linear)["forward"] = MethodType(times_columns, linear)
     try:
         yield
     finally:
@@ -75,12 +99,18 @@ def one_row(linears: Sequence[nn.Linear]) -> Iterator[None]:
             vars(linear).pop("forward", None)
 
 
-def times_row(linear: nn.Linear, states: Tensor) -> Tensor:
-    """As `linear.forward`: states [..., in] of one row or more -> [..., out]."""
-    if states.numel() != linear.in_features:
+def times_columns(linear: nn.Linear, states: Tensor) -> Tensor:
+    """As `linear.forward`: states [..., in] -> [..., out]."""
+    rows = states.numel() // linear.in_features
+    if rows == 1:
+        multiply = _times_vector if torch.compiler.is_compiling() else _by_vector
+        output: Tensor = multiply(linear.weight, states.reshape(-1), linear.bias)
+    elif 1 < rows <= MOST_ROWS:
+        output = torch.mm(linear.weight, states.reshape(rows, -1).t()).t().contiguous()
+        if linear.bias is not None:
+            output += linear.bias
+    else:
         return linear_function(states, linear.weight, linear.bias)
-    multiply = _times_vector if torch.compiler.is_compiling() else _by_vector
-    output: Tensor = multiply(linear.weight, states.reshape(-1), linear.bias)
     return output.view(*states.shape[:-1], -1)
 
 
@@ -99,7 +129,7 @@ def _(weight: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
     return row.new_empty(weight.shape[0])
 
 
-def _found(model: Any) -> VectorProducts:
+def _found(model: Any, rows: int) -> ColumnProducts:
     head = model.get_output_embeddings()
     linears = [
         module
@@ -113,9 +143,9 @@ def _found(model: Any) -> VectorProducts:
             sample.append(linear)
             taken += linear.weight.nbytes
     if taken < _LEAST_BYTES:
-        return VectorProducts()
-    gain = _gain(sample)
-    return VectorProducts(tuple(linears) if gain >= _LEAST_GAIN else (), gain)
+        return ColumnProducts(rows)
+    gain = _gain(sample, rows)
+    return ColumnProducts(rows, tuple(linears) if gain >= _LEAST_GAIN else (), gain)
 
 
 def _may(module: nn.Module) -> bool:
@@ -129,17 +159,17 @@ def _may(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _gain(linears: Sequence[nn.Linear]) -> float:
-    rows = [torch.ones(1, linear.in_features, dtype=linear.weight.dtype) for linear in linears]
+def _gain(linears: Sequence[nn.Linear], rows: int) -> float:
+    states = [torch.ones(rows, 1, linear.in_features, dtype=linear.weight.dtype) for linear in linears]
 
     def seconds(way: Callable[[nn.Linear, Tensor], Tensor]) -> float:
         started = time.perf_counter()
-        for linear, row in zip(linears, rows, strict=True):
-            way(linear, row)
+        for linear, given in zip(linears, states, strict=True):
+            way(linear, given)
         return time.perf_counter() - started
 
-    def plain(linear: nn.Linear, row: Tensor) -> Tensor:
-        return linear_function(row, linear.weight, linear.bias)
+    def own_way(linear: nn.Linear, given: Tensor) -> Tensor:
+        return linear_function(given, linear.weight, linear.bias)
 
-    pairs = [(seconds(plain), seconds(times_row)) for _ in range(_ROUNDS + 1)][1:]
-    return min(own for own, _ in pairs) / min(vector for _, vector in pairs)
+    pairs = [(seconds(own_way), seconds(times_columns)) for _ in range(_ROUNDS + 1)][1:]
+    return min(own for own, _ in pairs) / min(columns for _, columns in pairs)

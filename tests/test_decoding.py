@@ -292,7 +292,7 @@ def test_as_many_steps_as_tokens_lie_between_the_first_time_and_any_other(monkey
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
 def test_steps_started_before_their_token_is_read_change_no_answer(monkeypatch, name):
-    """As on CUDA: a step whose token turns out to be nobody's is taken back, from cache and positions."""
+    """As on CUDA: a step that nobody asked for is taken back from who decodes to the end of the batch."""
     family, policy = load(name), FixedRates({}, 0.5)
     answers, states = {}, {}
     for ahead in (False, True):
@@ -307,11 +307,8 @@ def test_steps_started_before_their_token_is_read_change_no_answer(monkeypatch, 
             rows = list(decode_batch(family.loaded, runs, settings))
         answers[ahead] = {row.index: row.event.token_ids for row in rows if isinstance(row.event, Done)}
         states[ahead] = [
-            (layer.seen, layer.held)
-            for run in runs
-            for layer in run.cache.layers
-            if isinstance(layer, PrunableLayer)
+            (layer.seen, layer.held) for layer in runs[1].cache.layers if isinstance(layer, PrunableLayer)
         ]
-    assert set(answers[False]) == {0, 1}
+    assert len(answers[False][0]) < len(answers[False][1])
     assert answers[True] == answers[False]
     assert states[True] == states[False]
