@@ -116,12 +116,9 @@ def profile(
         questions = read_questions(image, prompt, data, system, max_pixels)
         check_model(model, options)
     else:
-        if knobs or config is not None:
-            raise UsageError(
-                "random weights give no scores, so --dummy-weights takes no knobs of pruning",
-                hint="give the layers' rates with --layer-rates or --rates-from",
-            )
-        questions = dummy.dummy_questions(plan, image, prompt, data)
+        dummy.check_no_knobs(config, knobs)
+        asked = {"--image": image, "--prompt": prompt, "--data": data, "--system": system}
+        questions = dummy.dummy_questions(plan, {**asked, "--max-pixels": max_pixels})
         dummy.check_dummy_model(model, options, plan)
         chosen = PLPHPConfig()
         say(f"{dummy.NOTE}; {given_rates(plan.layer_rates, plan.rates_from)}")

@@ -33,7 +33,7 @@ from plphp_cli.profiling.state import Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
-from plphp_cli.sweep.grid import KNOBS, MIN_SEEDS, Grid, expand
+from plphp_cli.sweep.grid import KNOBS, Grid, expand
 from plphp_cli.sweep.progress import SweepProgress
 from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
 from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
@@ -61,7 +61,7 @@ def sweep(
     head_reduce: own.HeadReduceValues = None,
     skip_layers: opt.SkipLayersOption = None,
     method: own.MethodValues = None,
-    seeds: own.SeedsOption = MIN_SEEDS,
+    seeds: own.SeedsOption = None,
     max_kl: own.MaxKLOption = None,
     min_agreement: own.MinAgreementOption = None,
     max_accuracy_drop: own.MaxAccuracyDropOption = None,
@@ -88,7 +88,8 @@ def sweep(
     own.check_measuring(measure_speed, repeats, workers, ray_address)
     base, origin = opt.choose_config(model, config, opt.overrides(skip_layers=skip_layers))
     values = zip(KNOBS, (r, delta_r, alpha, beta, scope, head_reduce), strict=True)
-    grid = expand(base, {name: given or () for name, given in values}, method or (PLPHP,), seeds)
+    methods = method or (PLPHP,)
+    grid = expand(base, {name: given or () for name, given in values}, methods, own.draws(seeds, methods))
     folder = _folder(out)
     check_folder(folder, resume)
     check_model(model, options)
