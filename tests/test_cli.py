@@ -328,30 +328,6 @@ def test_ctrl_c_prints_and_writes_what_there_is(
     assert "Traceback" not in err
 
 
-def test_ctrl_c_while_loading(command: list[str], tmp_path: Path) -> None:
-    target = tmp_path / "record.json"
-    # The real program: it is interrupted as soon as it says that it loads, which takes it seconds.
-    with subprocess.Popen(
-        [sys.executable, "-m", "plphp_cli", *command, "--json", str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    ) as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
-        for line in process.stderr:
-            if line.startswith("loading"):
-                process.send_signal(signal.SIGINT)
-                break
-        rest, out = process.stderr.read(), process.stdout.read()
-        assert process.wait(120) == 130
-    assert "interrupted before anything was generated" in rest
-    assert "Traceback" not in rest
-    assert out == ""
-    assert from_json(target.read_text()).interrupted
-
-
 def test_a_run_after_an_interrupted_one_is_unharmed(
     command: list[str],
     capsys: pytest.CaptureFixture[str],

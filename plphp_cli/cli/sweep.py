@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -38,6 +39,9 @@ from plphp_cli.sweep.progress import SweepProgress
 from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
 from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
 from plphp_cli.sweep.store import RESULTS, check_folder
+
+if TYPE_CHECKING:
+    from plphp_cli.sweep.session import SweepSession
 
 RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
 
@@ -130,32 +134,45 @@ def execute(request: SweepRequest, json: str | None, force: bool, live: bool) ->
     """
     _say_size(request)
     interrupted, failure = False, None
+    record: SweepRecord | None = None
     with Interrupts() as interrupts:
-        with _progress(live) as show:
+        with _progress(live) as show, contextlib.ExitStack() as folder:
+            session: SweepSession | None = None
             show(SweepProgress(0, 0, None, f"loading {one_line(request.model)}"))
-            from plphp_cli.sweep.session import SweepSession
-
-            with SweepSession(request, show, interrupts.check) as session:
-                try:
-                    session.prepare()
-                    session.run()
-                    interrupts.check()
-                except KeyboardInterrupt:
-                    interrupted = True
-                except Exception as error:
-                    # An interrupted import or kernel may surface as an error of its own.
-                    interrupted = interrupts.received is not None
-                    failure = None if interrupted else explained(error)
-                    if failure is not None and not session.started:
-                        raise failure from error
-                interrupts.hold()
+            try:
+                session = folder.enter_context(_session(request, show, interrupts.check))
+                session.prepare()
+                session.run()
+                interrupts.check()
+            except KeyboardInterrupt:
+                interrupted = True
+            except Exception as error:
+                # An interrupted import or kernel may surface as an error of its own.
+                interrupted = interrupts.received is not None
+                failure = None if interrupted else explained(error)
+                if failure is not None and not (session is not None and session.started):
+                    raise failure from error
+            interrupts.hold()
+            if session is not None and (session.started or not interrupted):
                 record = _with_next(session.record(interrupted or failure is not None), request)
+        if record is None:
+            say("interrupted before anything was measured: no report was written")
+            return interrupts.exit_code
         unwritten = _write(record, request.out, json, force)
         _print(record, json == "-")
     failure = failure or (None if interrupted else unwritten)
     if failure is not None:
         raise failure
     return interrupts.exit_code if interrupts.received is not None else 0
+
+
+def _session(
+    request: SweepRequest, show: Callable[[SweepProgress], None], check: Callable[[], None]
+) -> "SweepSession":
+    # Its import takes seconds, and a Ctrl-C may fall into them.
+    from plphp_cli.sweep.session import SweepSession
+
+    return SweepSession(request, show, check)
 
 
 def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:
