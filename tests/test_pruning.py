@@ -240,3 +240,11 @@ def test_a_layer_that_attends_with_nan_is_balanced_and_keeps_its_share():
     cut = PLPHPPolicy(PLPHPConfig(r=0.3)).cut(0, attention, torch.arange(10), None, 2)
     assert (cut.group, cut.rate) == ("balanced", 0.3)
     assert cut.kept.tolist() == [[0, 1, 2]] * 2
+
+
+def test_no_value_of_a_tensor_is_read_back_to_choose_tokens():
+    """Meta tensors have none: what would make a GPU's host wait fails here."""
+    attention, vision = torch.rand(4, 30, device="meta"), torch.arange(20, device="meta")
+    order = ranking(head_scores(attention, vision, 2, "max"))
+    for spans, kept in ((None, 8), ([(0, 5), (5, 20)], 8), ([(0, 3), (3, 20)], 9)):
+        assert keep_top(order, vision, 0.4, spans).shape == (2, kept)
