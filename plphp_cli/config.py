@@ -51,7 +51,7 @@ class PLPHPConfig:
 
     def __post_init__(self) -> None:
         for knob in ("r", "delta_r", "alpha", "beta"):
-            object.__setattr__(self, knob, _fraction(knob, getattr(self, knob)))
+            object.__setattr__(self, knob, fraction(knob, getattr(self, knob)))
         if self.alpha < self.beta:
             raise ConfigError(
                 f"alpha = {self.alpha:g} is below beta = {self.beta:g}; alpha is the upper threshold",
@@ -116,7 +116,8 @@ class PLPHPConfig:
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n", force)
 
 
-def _fraction(knob: str, value: Any) -> float:
+def fraction(knob: str, value: Any) -> float:
+    """`value` as a number in [0, 1]. Raises `ConfigError` that calls it `knob`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{knob} = {value!r}; expected a number in [0, 1]")
     if not math.isfinite(value) or not 0 <= value <= 1:

@@ -3,6 +3,10 @@
 Level 1 gives each layer a retention rate from its vision attention score gamma; level 2 lets each KV head
 keep the vision tokens that its query heads attend to most. Nothing here knows a model or a cache.
 
+What the host knows (rates, spans, shapes) is checked. What tensors hold is not: reading it back would make a
+device wait at every layer. A model whose numbers overflow may attend with NaN: such a layer is balanced, and
+a token that scores NaN ranks behind all others.
+
 Shapes: H query heads, K key/value heads, N prompt tokens, n_v vision tokens, of which each head of layer l
 keeps n_l.
 """
@@ -15,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import ConfigError, UnsupportedError
+from plphp_cli.config import HEAD_REDUCES, PLPHPConfig, fraction
+from plphp_cli.errors import ConfigError, UnsupportedError, UsageError
 
 Span = tuple[int, int]
 
@@ -98,7 +102,10 @@ def vision_attention_score(attention: Tensor, vision: Tensor) -> float | None:
 
 
 def allocate(gamma: float, config: PLPHPConfig) -> tuple[str, float, bool]:
-    """Level 1: group, retention rate in [0, 1], and whether it was clamped, of a layer with score `gamma`."""
+    """Level 1: group, retention rate in [0, 1], and whether it was clamped, of a layer with score `gamma`.
+
+    NaN, which no threshold divides, is balanced.
+    """
     if gamma >= config.alpha:
         group, rate = "attentive", config.r + config.delta_r
     elif gamma < config.beta:
@@ -110,12 +117,25 @@ def allocate(gamma: float, config: PLPHPConfig) -> tuple[str, float, bool]:
 
 
 def retained(rate: float, count: int) -> int:
-    """How many of `count` vision tokens a head keeps: ceil(rate * count - 1e-6)."""
-    return max(0, math.ceil(rate * count - _DUST))
+    """How many of `count` vision tokens a head keeps: ceil(rate * count - 1e-6).
+
+    Raises:
+        ConfigError: the rate is no number in [0, 1].
+    """
+    return max(0, math.ceil(fraction("rate", rate) * count - _DUST))
 
 
 def head_scores(attention: Tensor, vision: Tensor, kv_heads: int, reduce: str = "mean") -> Tensor:
-    """Scores [K, n_v] of the vision tokens: attention [H, N] reduced over the query heads of each KV head."""
+    """Scores [K, n_v] of the vision tokens: attention [H, N] reduced over the query heads of each KV head.
+
+    Raises:
+        ConfigError: `reduce` is neither `mean` nor `max`.
+        UsageError: H is not a multiple of `kv_heads`.
+    """
+    if reduce not in HEAD_REDUCES:
+        raise ConfigError(f"head_reduce = {reduce!r}; expected {' or '.join(HEAD_REDUCES)}")
+    if kv_heads < 1 or attention.shape[0] % kv_heads:
+        raise UsageError(f"{kv_heads} KV heads for {attention.shape[0]} query heads; expected a divisor")
     grouped = attention[:, vision].unflatten(0, (kv_heads, -1))
     return grouped.amax(dim=1) if reduce == "max" else grouped.mean(dim=1)
 
@@ -123,12 +143,14 @@ def head_scores(attention: Tensor, vision: Tensor, kv_heads: int, reduce: str = 
 def ranking(scores: Tensor) -> Tensor:
     """Keys int64 [K, n_v] that order as `scores` [K, n_v] do, the earlier position first on a tie.
 
+    Infinite scores have their place at the ends; NaN ranks with minus infinity, on every device.
     No two keys of a head are equal, so `topk`, which leaves the order of equal values open, has one answer:
     that of a stable sort, at a third of its time (4 heads, 7,290 tokens, CPU).
     """
     if scores.device.type == "mps":
         scores = scores.cpu()  # there, long integers may be ordered as the nearest float32
-    bits = (scores.float() + 0.0).view(torch.int32)  # the sum makes -0.0 the equal of 0.0
+    numbers = scores.float().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    bits = (numbers + 0.0).view(torch.int32)  # the sum makes -0.0 the equal of 0.0
     # Floats are ordered as their bits are; negative ones the other way around.
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     return (bits << 32) + torch.arange(scores.shape[-1], 0, -1, device=scores.device)
@@ -138,14 +160,39 @@ def keep_top(order: Tensor, vision: Tensor, rate: float, spans: Sequence[Span] |
     """Level 2: the best of `vision` [n_v] by `ranking` [K, n_v], as prompt positions [K, n_l], ascending.
 
     With `spans` each image keeps its own share, by its own ranking.
+
+    Raises:
+        ConfigError: the rate is no number in [0, 1].
+        UsageError: the ranking is of another number of tokens, or the spans do not follow each other from the
+            first of them to the last.
     """
+    whole = (0, vision.numel())
+    if order.shape[-1] != whole[1]:
+        raise UsageError(f"a ranking of {order.shape[-1]} tokens; expected one of {whole[1]} vision tokens")
+    if spans is not None:
+        _check_spans(spans, whole[1])
     best = []
-    for start, stop in [(0, vision.numel())] if spans is None else spans:
+    for start, stop in spans or [whole]:
         count = retained(rate, stop - start)
         best.append(start + order[:, start:stop].topk(count, dim=-1, sorted=False).indices)
     chosen = torch.cat(best, dim=-1)
     places = marked(torch.zeros_like(order, dtype=torch.bool).scatter(1, chosen, True), chosen.shape[1])
     return vision[places.to(vision.device)]
+
+
+def _check_spans(spans: Sequence[Span], count: int) -> None:
+    position = 0
+    for start, stop in spans:
+        if start != position or stop < start:
+            break
+        position = stop
+    else:
+        if position == count:
+            return
+    raise UsageError(
+        f"spans = {list(spans)!r:.200}; expected ranges that follow each other from 0 to {count}",
+        hint="each image's half-open range in the vision tokens",
+    )
 
 
 def marked(mask: Tensor, count: int) -> Tensor:
@@ -208,10 +255,19 @@ class LayerOnlyPolicy(PLPHPPolicy):
 
 @dataclass(frozen=True)
 class FixedRates:
-    """Given rates: layer -> rate in [0, 1], `default` for layers not named; each head ranks for itself."""
+    """Given rates: layer -> rate in [0, 1], `default` for layers not named; each head ranks for itself.
+
+    Raises:
+        ConfigError: a rate is no number in [0, 1].
+    """
 
     rates: Mapping[int, float]
     default: float = 1.0
+
+    def __post_init__(self) -> None:
+        fraction("default rate", self.default)
+        for layer, rate in self.rates.items():
+            fraction(f"rate of layer {layer}", rate)
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
@@ -223,10 +279,17 @@ class FixedRates:
 
 @dataclass(frozen=True)
 class HeadOnlyPolicy:
-    """Ablation: level 2 alone. One rate for all layers, each head ranks for itself."""
+    """Ablation: level 2 alone. One rate for all layers, each head ranks for itself.
+
+    Raises:
+        ConfigError: the rate is no number in [0, 1].
+    """
 
     rate: float
     head_reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        fraction("rate", self.rate)
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
@@ -238,10 +301,17 @@ class HeadOnlyPolicy:
 
 @dataclass(frozen=True)
 class UniformPolicy:
-    """Neither level: one rate for all layers, one ranking shared by the heads of a layer."""
+    """Neither level: one rate for all layers, one ranking shared by the heads of a layer.
+
+    Raises:
+        ConfigError: the rate is no number in [0, 1].
+    """
 
     rate: float
     head_reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        fraction("rate", self.rate)
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int
@@ -253,10 +323,17 @@ class UniformPolicy:
 
 @dataclass(frozen=True)
 class RandomPolicy:
-    """Chance: one rate for all layers, each head keeps random tokens; equal seeds keep equal tokens."""
+    """Chance: one rate for all layers, each head keeps random tokens; equal seeds keep equal tokens.
+
+    Raises:
+        ConfigError: the rate is no number in [0, 1].
+    """
 
     rate: float
     seed: int
+
+    def __post_init__(self) -> None:
+        fraction("rate", self.rate)
 
     def cut(
         self, layer: int, attention: Tensor, vision: Tensor, spans: Sequence[Span] | None, kv_heads: int

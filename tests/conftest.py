@@ -54,12 +54,58 @@ def _load(request):
     return load(request.param)
 
 
+@pytest.fixture
+def llava():
+    """The row of the table of families that most tests of one family take."""
+    from families import load
+
+    return load("llava")
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A small LLaVA with random weights, as a folder."""
     from toy_model import save_toy_llava
 
     return str(save_toy_llava(tmp_path_factory.mktemp("toy")))
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """The same in a folder of a name that can be misspelt."""
+    from toy_model import save_toy_llava
+
+    return save_toy_llava(tmp_path_factory.mktemp("toy") / "toy-llava")
+
+
+@pytest.fixture(scope="session")
+def loaded_toy(toy_folder):
+    """The same, loaded."""
+    from plphp_cli import models
+
+    return models.load(str(toy_folder), device="cpu")
+
+
+@pytest.fixture
+def broken(toy_folder, tmp_path):
+    """A copy of the toy's folder, to be changed."""
+    import shutil
+    from pathlib import Path
+
+    return Path(shutil.copytree(toy_folder, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Three images of sizes that differ."""
+    from PIL import Image
+
+    from plphp_cli.images import load_image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, size, colour in [("red", (50, 40), "red"), ("blue", (7, 90), "blue"), ("dot", (1, 1), "green")]:
+        Image.new("RGB", size, colour).save(folder / f"{name}.png")
+    return [load_image(folder / f"{name}.png") for name in ("red", "blue", "dot")]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import sys
 
 import torch
 from families import as_prompt, load
-from laws import CUT
+from runs import CUT
 from toys import Family
 from transformers import AutoModelForImageTextToText
 

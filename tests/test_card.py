@@ -234,6 +234,8 @@ def test_a_refused_type_says_why(tmp_path, capsys):
         (["builtin", "--json", "/no/such/folder/x.json"], 2, "/no/such/folder"),
         (["--image-size", "640x480"], 2, "--image-size is about one model"),
         (["--context", "5"], 2, "--context is about one model"),
+        (["--dtype", "bfloat16"], 2, "--dtype is about one model"),
+        (["--device", "cpu"], 2, "--device is about one model"),
         (["builtin", "--refused"], 2, "--refused is about all models"),
         (["no-org/no-model", "--device", "cuda:x"], 2, "device 'cuda:x'"),
     ],

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 from families import load
-from laws import CUT
 from reference import masked_reference
+from runs import CUT
 
 from plphp_cli.attention import prune
 from plphp_cli.chat.conversation import Begun, Conversation

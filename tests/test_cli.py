@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,30 +327,6 @@ def test_ctrl_c_prints_and_writes_what_there_is(
     assert "Traceback" not in err
 
 
-def test_ctrl_c_while_loading(command: list[str], tmp_path: Path) -> None:
-    target = tmp_path / "record.json"
-    # The real program: it is interrupted as soon as it says that it loads, which takes it seconds.
-    with subprocess.Popen(
-        [sys.executable, "-m", "plphp_cli", *command, "--json", str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    ) as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
-        for line in process.stderr:
-            if line.startswith("loading"):
-                process.send_signal(signal.SIGINT)
-                break
-        rest, out = process.stderr.read(), process.stdout.read()
-        assert process.wait(120) == 130
-    assert "interrupted before anything was generated" in rest
-    assert "Traceback" not in rest
-    assert out == ""
-    assert from_json(target.read_text()).interrupted
-
-
 def test_a_run_after_an_interrupted_one_is_unharmed(
     command: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -378,44 +353,3 @@ def test_a_closed_pipe_ends_quietly_and_keeps_the_record(
         assert main([*command, *WORDY, "--json", str(target)]) == 141
     assert "error" not in capsys.readouterr().err
     assert from_json(target.read_text()).interrupted
-
-
-# The program
-
-
-def in_fresh_python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["--version"], ["run", "--image", "/none"]])
-def test_help_and_refusals_do_not_import_torch(args: list[str]) -> None:
-    code = (
-        "import sys; from plphp_cli.cli.app import main; main(sys.argv[1:]);"
-        "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
-    )
-    assert in_fresh_python(code, *args).returncode == 0
-
-
-def test_without_a_command_the_help_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "profile" in err
-
-
-def test_the_program_can_be_run_as_a_module_and_reads_its_exit_code() -> None:
-    shown = subprocess.run([sys.executable, "-m", "plphp_cli", "--version"], capture_output=True, text=True)
-    assert re.fullmatch(r"plphp \d+\.\d+\.\d+\n", shown.stdout)
-    assert shown.returncode == 0
-    refused = subprocess.run([sys.executable, "-m", "plphp_cli", "run"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-
-
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--help"]) == 0
-    out = capsys.readouterr().out
-    names = "image prompt model config r delta-r alpha beta scope head-reduce skip-layers system max-pixels"
-    names += " max-new-tokens temperature top-p seed no-baseline json force no-live debug dtype device attn"
-    names += " device-map quantize processor-arg offline trust-remote-code"
-    assert all(re.search(rf"--{name}\b", out) for name in names.split())

@@ -97,6 +97,9 @@ def test_one_prompt_compiled_has_both_arms_and_a_note(capsys, prompts, toy, tmp_
         (["--batch-size", "0", "--data", "x.jsonl"], "batch-size"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "nowhere.jsonl", "--chat"], "--chat"),
+        (["--data", "nowhere.jsonl", "--recut", "each-turn"], "--recut"),
+        (["--data", "nowhere.jsonl", "--raw-prompt"], "--raw-prompt"),
+        (["--data", "nowhere.jsonl", "--system", " "], "the system message is blank"),
     ],
 )
 def test_bad_input_is_one_line(words, named, capsys):
@@ -104,6 +107,12 @@ def test_bad_input_is_one_line(words, named, capsys):
     error = capsys.readouterr().err
     assert named in error
     assert "Traceback" not in error
+
+
+def test_what_a_file_of_prompts_has_not_anyway_may_be_left_out_by_name(capsys, prompts, toy):
+    asked = [json.loads(Path(prompts).read_text(encoding="utf-8").splitlines()[0])["prompt"]]
+    found, _ = answers(capsys, prompts, toy, "--no-baseline", "--no-live", "--seed", "3")
+    assert [answer["prompt"] for answer in found][:1] == asked
 
 
 def test_what_was_prefilled_before_a_prompt_that_fails_is_answered(capsys, prompts, toy):

@@ -80,6 +80,7 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
         (["--temperature", "-1"], "temperature = -1"),
         (["--temperature", "nan"], "temperature = nan"),
         (["--top-p", "0"], "top-p = 0"),
+        (["--top-p", "0.9", "--temperature", "0"], "--top-p does not go with --temperature 0"),
         (["--seed", "-1"], "seed = -1"),
         (["--seed", str(1 << 64)], "seed ="),
         (["--max-pixels", "0"], "max pixels = 0"),

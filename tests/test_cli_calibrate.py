@@ -82,6 +82,17 @@ def test_need_is_the_divergence_when_the_layer_alone_loses_its_vision_cache(toy,
         assert need == pytest.approx(kl(whole, without)[1:].mean().item(), abs=1e-5)
 
 
+def test_a_system_message_holds_for_the_prompts_of_a_file_that_have_none(toy, data, tmp_path, capsys):
+    row = json.loads(data.read_text().splitlines()[0])
+    found = []
+    for own, typed in (({}, []), ({}, ["--system", "brief!"]), ({"system": "brief!"}, ["--system", "long"])):
+        one = tmp_path / "one.jsonl"
+        one.write_text(json.dumps(row | own), encoding="utf-8")
+        assert run(toy, one, tmp_path / "c.json", "--json", "-", "--force", *typed) == 0
+        found.append(json.loads(capsys.readouterr().out)["gamma"])
+    assert found[0] != found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -90,6 +101,7 @@ def test_need_is_the_divergence_when_the_layer_alone_loses_its_vision_cache(toy,
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--image", "x.png"], "--data"),
         (["--r", "2"], "r = 2"),
+        (["--system", " "], "the system message is blank"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(toy, data, tmp_path, capsys, more, named):

@@ -2,15 +2,20 @@
 
 import csv
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
 from test_profile_cli import command, image, toy  # noqa: F401  (fixtures)
 
+from plphp_cli.answering import AnswersRecord
 from plphp_cli.attention import prune
+from plphp_cli.calibration import CalibrationRecord
+from plphp_cli.chat.records import ChatRecord
 from plphp_cli.cli.app import main
 from plphp_cli.cli.dummy_options import recorded_rates
+from plphp_cli.errors import UsageError
 from plphp_cli.models import decoder_weight_bytes
 from plphp_cli.models.dummy import dummy_prompt, load_dummy
 from plphp_cli.models.shapes import SHAPES
@@ -25,10 +30,23 @@ from plphp_cli.profiling.records import (
 )
 from plphp_cli.profiling.state import DummyPlan
 from plphp_cli.reports.profile_html import profile_html
+from plphp_cli.results import RunRecord
 from plphp_cli.serialize import to_json
+from plphp_cli.sweep.records import SweepRecord
 from plphp_cli.synthetic import synthetic_prefilled
 
 RATES = (0.7, 0.1)
+
+
+def of_nothing(record):
+    """The JSON of a record as far as its class tells it: every key, with its default or null."""
+    values = {each.name: each.default for each in dataclasses.fields(record)}
+    return json.dumps({k: None if v is dataclasses.MISSING else v for k, v in values.items()}).encode()
+
+
+def profile_of(layers):
+    plan, quality = PlanRecord(1, 1, 1), QualityRecord()
+    return ProfileRecord("m", None, plan, ArmsRecord(), {}, None, quality, layers, ())
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +169,19 @@ def test_the_report_says_that_it_is_of_dummy_weights(command, dummy, tmp_path, c
     [
         (None, "No such file"),
         (b"\xff\xfe", "is not text"),
-        (b"not json", "is no profile"),
-        (b"{}", "is no profile"),
-        (b'{"command": "run", "layers": []}', "is no profile"),
+        (b" \n", "is empty"),
+        (b"not json", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[0.5]", "is a JSON list"),
+        (b'{"r": 0.4, "alpha": 0.3}', "is a config of pruning"),
+        (b"{}", "is another JSON object"),
+        (b'{"command": ["x"]}', "is another JSON object"),
+        (of_nothing(RunRecord), "is a record of plphp run,"),
+        (of_nothing(AnswersRecord), "is a record of plphp run --data,"),
+        (of_nothing(ChatRecord), "is a record of plphp run --chat,"),
+        (of_nothing(SweepRecord), "is a record of plphp sweep,"),
+        (of_nothing(CalibrationRecord), "is another JSON object"),
+        (of_nothing(ProfileRecord), "is a profile that cannot be read: ProfileRecord.model = None"),
     ],
 )
 def test_rates_from_another_file_names_it_and_what_was_expected(tmp_path, capsys, content, named):
@@ -161,18 +189,26 @@ def test_rates_from_another_file_names_it_and_what_was_expected(tmp_path, capsys
     if content is not None:
         path.write_bytes(content)
     assert main(["profile", "--dummy-weights", "--model", "llava-1.5-7b", "--rates-from", str(path)]) == 2
-    error = capsys.readouterr().err
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
     assert str(path) in error
     assert named in error
-    assert "--rates-from takes a file that plphp profile --json wrote" in error
-    assert "Traceback" not in error
+    assert hint.startswith("hint: --rates-from takes a file that plphp profile --json wrote")
+
+
+def test_rates_from_a_folder_or_out_of_range_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="is a folder, not a profile"):
+        recorded_rates(tmp_path)
+    layer = LayerProfile(0, None, None, 1.5, None, None, None, None, None, None)
+    path = tmp_path / "profile.json"
+    path.write_text(to_json(profile_of((layer,))), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"has the rate 1\.5; expected numbers in \[0, 1\]"):
+        recorded_rates(path)
 
 
 def test_recorded_rates_are_of_as_many_layers_as_the_model_has(dummy, tmp_path, capsys):
     layer = LayerProfile(0, None, None, 0.5, None, None, None, None, None, None)
-    record = ProfileRecord(
-        "m", None, PlanRecord(1, 1, 1), ArmsRecord(), {}, None, QualityRecord(), (layer,) * 24, ()
-    )
+    record = profile_of((layer,) * 24)
     paths = [tmp_path / "whole.json", tmp_path / "broken-off.json"]
     for path, found in zip(paths, (record, dataclasses.replace(record, layers=())), strict=True):
         path.write_text(to_json(found), encoding="utf-8")
@@ -200,8 +236,19 @@ def test_recorded_rates_are_of_as_many_layers_as_the_model_has(dummy, tmp_path, 
         (["--dummy-weights", "--vision-tokens", "0"], "vision-tokens"),
         (["--dummy-weights", "--vision-tokens", "2", "--images", "3"], "3 images"),
         (["--dummy-weights", "--rates-from", "nowhere.json"], "nowhere.json"),
-        (["--dummy-weights", "--prompt", "hello"], "synthetic"),
-        (["--dummy-weights", "--alpha", "0.5"], "scores"),
+        *(
+            (["--dummy-weights", option, value], f"--dummy-weights does not go with {option}: {why}")
+            for option, value, why in [
+                ("--image", "x.png", "its prompt is synthetic"),
+                ("--prompt", "hello", "its prompt is synthetic"),
+                ("--data", "x.jsonl", "its prompt is synthetic"),
+                ("--system", "be brief", "its prompt is synthetic"),
+                ("--max-pixels", "0", "its prompt is synthetic"),
+                ("--config", "x.json", "random weights give no scores"),
+                ("--delta-r", "0", "random weights give no scores"),
+            ]
+        ),
+        (["--vision-tokens", "0"], "--vision-tokens was given without --dummy-weights"),
         (["--dummy-weights", "--layer-rates", "0.5", "--rates-from", "x"], "exclude"),
         (["--dummy-weights", "--model", "lava-7b"], "llava-1.5-7b"),
         (["--dummy-weights", "--model", "builtin"], "built-in"),

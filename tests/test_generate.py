@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import laws
 import pytest
 import torch
-from families import as_prompt, load
+from families import as_prompt
 from laws import CUT, answer, snapshot
 from toy_model import toy_tokenizer
 
@@ -15,11 +15,6 @@ from plphp_cli.generate import PrefillDone, decode_after, own_place, stream
 from plphp_cli.prefilling import advance, prefill
 from plphp_cli.quality import along
 from plphp_cli.sampling import Settings
-
-
-@pytest.fixture
-def llava():
-    return load("llava")
 
 
 def tokens_of(loaded, prompt, policy, **settings):

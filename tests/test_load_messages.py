@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from plphp_cli.errors import ImageError, ModelError, UsageError
 from plphp_cli.images import load_image
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.sources import Source, again
-
-
-@pytest.fixture
-def broken(toy: str, tmp_path: Path) -> Path:
-    """A copy of the toy model to change."""
-    return Path(shutil.copytree(toy, tmp_path / "broken"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import struct
 import sys
 from importlib.util import find_spec
@@ -12,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model_folders import change_config, refused
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from plphp_cli import models, prune
 from plphp_cli.cli.app import main
 from plphp_cli.cli.failures import explained
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import DeviceMemoryError, ImageError, ModelError, PLPHPError, UsageError
+from plphp_cli.errors import DeviceMemoryError, ImageError, PLPHPError, UsageError
 from plphp_cli.models.choices import check_stored_dtype, choose_dtype
 from plphp_cli.models.loaded import decoder_weight_bytes, model_bytes
 from plphp_cli.models.options import LoadOptions
@@ -28,24 +28,6 @@ from plphp_cli.profiling.fresh import FreshJob, FreshPrompt, measure_fresh
 from plphp_cli.profiling.records import PRUNED
 
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture
-def broken(toy: str, tmp_path: Path) -> Path:
-    """A copy of the toy model to change."""
-    return Path(shutil.copytree(toy, tmp_path / "broken"))
-
-
-def refused(name: object, message: str, kind: type[PLPHPError] = ModelError, **options: object) -> PLPHPError:
-    with pytest.raises(kind, match=message) as caught:
-        models.load(str(name), **{"device": "cpu", **options})
-    assert "\n" not in caught.value.message
-    return caught.value
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def answer(loaded: models.LoadedModel, images) -> tuple[list[int], list[list[int]]]:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from laws import plain_cut
 
 from plphp_cli.config import PLPHPConfig
-from plphp_cli.errors import ConfigError, UnsupportedError
+from plphp_cli.errors import ConfigError, UnsupportedError, UsageError
 from plphp_cli.pruning import (
     FixedRates,
     HeadOnlyPolicy,
@@ -15,7 +15,10 @@ from plphp_cli.pruning import (
     UniformPolicy,
     allocate,
     as_policy,
+    head_scores,
+    keep_top,
     last_token_attention,
+    ranking,
     retained,
 )
 
@@ -169,3 +172,79 @@ def test_a_config_stands_for_the_method():
     assert isinstance(as_policy(UniformPolicy(0.5)), UniformPolicy)
     with pytest.raises(ConfigError, match="dict is no setting"):
         as_policy({"r": 0.5})
+
+
+# What the method has no answer to
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -0.1, 1.0001, True, "0.5", None])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda rate: retained(rate, 10),
+        lambda rate: keep_top(ranking(torch.rand(2, 4)), torch.arange(4), rate),
+        lambda rate: FixedRates({3: rate}),
+        lambda rate: FixedRates({}, rate),
+        HeadOnlyPolicy,
+        UniformPolicy,
+        lambda rate: RandomPolicy(rate, 0),
+    ],
+    ids=["retained", "keep_top", "fixed", "fixed default", "head-only", "uniform", "random"],
+)
+def test_a_rate_that_is_no_share_is_refused_with_its_value(take, rate):
+    with pytest.raises(ConfigError, match=r"rate.* = .*; expected a number in \[0, 1\]") as error:
+        take(rate)
+    assert str(rate)[:5] in error.value.message
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[], [(0, 3)], [(1, 4)], [(0, 2), (3, 4)], [(0, 3), (2, 4)], [(2, 4), (0, 2)], [(0, 5)], [(4, 0)]],
+)
+def test_spans_that_are_not_the_vision_tokens_image_by_image_are_refused(spans):
+    order, vision = ranking(torch.rand(2, 4)), torch.arange(10, 14)
+    with pytest.raises(UsageError, match="expected ranges that follow each other from 0 to 4") as error:
+        keep_top(order, vision, 0.5, spans)
+    assert str(spans) in error.value.message
+    with pytest.raises(UsageError, match="a ranking of 4 tokens; expected one of 3"):
+        keep_top(order, vision[:3], 0.5)
+
+
+def test_an_image_without_tokens_keeps_none_and_so_does_a_prompt_without_images():
+    order, vision = ranking(torch.tensor([[0.1, 0.4, 0.2, 0.3]])), torch.arange(10, 14)
+    assert keep_top(order, vision, 0.5, [(0, 2), (2, 2), (2, 4)]).tolist() == [[11, 13]]
+    assert keep_top(order[:, :0], vision[:0], 0.5, []).shape == (1, 0)
+
+
+def test_heads_and_reductions_that_do_not_fit_are_refused():
+    attention, vision = torch.rand(4, 5), torch.arange(3)
+    for kv_heads in (0, 3):
+        with pytest.raises(UsageError, match=f"{kv_heads} KV heads for 4 query heads"):
+            head_scores(attention, vision, kv_heads)
+    with pytest.raises(ConfigError, match="head_reduce = 'sum'; expected mean or max"):
+        HeadOnlyPolicy(0.5, "sum").cut(0, attention, vision, None, 2)
+
+
+def test_scores_without_bounds_are_ordered_and_nan_of_either_sign_comes_last():
+    nan, inf = float("nan"), float("inf")
+    signed = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)
+    assert signed.isnan().all()
+    scores = torch.tensor([[nan, -inf, 0.5, inf, -2.0, nan]])
+    scores[0, [0, 5]] = signed
+    assert keep_top(ranking(scores), torch.arange(6), 0.5).tolist() == [[2, 3, 4]]
+    assert ranking(scores)[0].argsort(descending=True).tolist() == [3, 2, 4, 0, 1, 5]
+
+
+def test_a_layer_that_attends_with_nan_is_balanced_and_keeps_its_share():
+    attention = torch.full((4, 12), float("nan"))
+    cut = PLPHPPolicy(PLPHPConfig(r=0.3)).cut(0, attention, torch.arange(10), None, 2)
+    assert (cut.group, cut.rate) == ("balanced", 0.3)
+    assert cut.kept.tolist() == [[0, 1, 2]] * 2
+
+
+def test_no_value_of_a_tensor_is_read_back_to_choose_tokens():
+    """Meta tensors have none: what would make a GPU's host wait fails here."""
+    attention, vision = torch.rand(4, 30, device="meta"), torch.arange(20, device="meta")
+    order = ranking(head_scores(attention, vision, 2, "max"))
+    for spans, kept in ((None, 8), ([(0, 5), (5, 20)], 8), ([(0, 3), (3, 20)], 9)):
+        assert keep_top(order, vision, 0.4, spans).shape == (2, kept)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from families import as_prompt, load
-from laws import CUT, NEW_TOKENS, answer, settings_of
+from runs import CUT, NEW_TOKENS, answer, settings_of
 
 from plphp_cli.attention import prune
 from plphp_cli.prefilling import advance, prefill

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, as_prompt, load
-from laws import CUT, NEW_TOKENS
 from PIL import Image
+from runs import CUT, NEW_TOKENS
 from toy_model import save_toy_llava
 from toys import randomised
 from transformers import LlavaForConditionalGeneration

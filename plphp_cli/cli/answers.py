@@ -7,7 +7,7 @@ from typing import Any
 
 from plphp_cli.answering import Answering, AnswerRecord, AnswersRecord
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.interrupts import WHILE_LOADING, Interrupts
 from plphp_cli.cli.loading import load_model, model_notes, settings_of
 from plphp_cli.cli.output import print_error, say, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
@@ -67,7 +67,7 @@ def answer_file(
                 write_stdout(to_json(record))
             _summary(record)
         if interrupted:
-            say("interrupted")
+            say(WHILE_LOADING if work is None else "interrupted")
     if unwritten is not None and (failure is not None or interrupted):
         print_error(unwritten.message, unwritten.hint)
     elif unwritten is not None:
@@ -81,11 +81,11 @@ def _begin(
     request: RunRequest, batch_size: int, lines: bool, interrupts: Interrupts
 ) -> tuple[Answering, Any]:
     """The work, with the model loaded, and what makes its record (told whether it was broken off)."""
+    loaded = load_model(request.model, request.options, say, interrupts.check)
     from plphp_cli.compiled import caveats
     from plphp_cli.decoding import step_compiler
     from plphp_cli.environment import environment
 
-    loaded = load_model(request.model, request.options, say, interrupts.check)
     settings = settings_of(request.generation)
     compiler = step_compiler(loaded) if request.compile else None
     for note in (*model_notes(loaded), *(caveats(loaded) if request.compile else ())):

@@ -1,5 +1,6 @@
 """`plphp calibrate`: set alpha and beta on a model's own scale of gamma, and find the layers not to cut."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -109,10 +110,13 @@ def _examples(
     image: list[str] | None, prompt: str | None, data: str | None, system: str | None
 ) -> list[Example]:
     """What to calibrate on: the prompts of `--data`, or the one of `--image` and `--prompt`."""
+    if system is not None:
+        opt.check_text("system message", system)
     if data is not None:
         if image or prompt is not None:
             raise UsageError("--data was given with --image or --prompt", hint="use one or the other")
-        return read_examples(Path(data))
+        examples = read_examples(Path(data))
+        return [replace(one, system=system) if one.system is None else one for one in examples]
     if not image:
         raise UsageError("no image was given", hint="name files with --image, or prompts with --data")
     return [Example(tuple(map(Path, image)), opt.read_prompt(prompt), system=system)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plphp_cli.cli.chat_session import ChatSession
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.interrupts import WHILE_LOADING, Interrupts
 from plphp_cli.cli.options import MAX_PROMPT_BYTES
 from plphp_cli.cli.output import Answer, print_error, say, say_wrapped, write_files, write_stdout
 from plphp_cli.cli.session import RunRequest
@@ -59,6 +59,9 @@ def converse(
             if failure is not None and not session.turns:
                 raise
         interrupts.hold()
+        if interrupted and not session.loaded:
+            say(WHILE_LOADING)
+            return interrupts.exit_code
         unwritten = _finish(session, answer, json_target, force, interrupted, failure)
     if unwritten is not None:
         if failure is None and not interrupted:

@@ -54,6 +54,11 @@ class ChatSession:
         self._conversation: Conversation | None = None
         self._prompt: Prompt | None = None
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is there."""
+        return self._loaded is not None
+
     def load(self) -> None:
         """Load the model. Raises what `models.load` raises."""
         request = self._request

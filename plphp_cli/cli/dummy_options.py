@@ -1,13 +1,16 @@
 """Options of `plphp profile` for batches, compiled steps and dummy weights."""
 
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from plphp_cli.cli.load_options import find_model
-from plphp_cli.cli.option_groups import takes
+from plphp_cli.cli.option_groups import given_first, takes
+from plphp_cli.config import PLPHPConfig
 from plphp_cli.errors import ModelError, PLPHPError, UsageError
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
@@ -86,9 +89,8 @@ def dummy_plan(
         "--rates-from": rates_from,
     }
     if not dummy_weights:
-        stray = [name for name, value in given.items() if value is not None]
-        if stray:
-            raise UsageError(f"{stray[0]} was given without --dummy-weights", hint="add it, or leave it out")
+        if (stray := given_first(given)) is not None:
+            raise UsageError(f"{stray} was given without --dummy-weights", hint="add it, or leave it out")
         return None
     for name, value in list(given.items())[:3]:
         if isinstance(value, int) and value < 1:
@@ -139,33 +141,76 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 def recorded_rates(path: Path) -> tuple[float, ...]:
     """The layer rates that a profile recorded; layers without one were kept whole. Raises `UsageError`."""
-    expected = "--rates-from takes a file that plphp profile --json wrote"
+    expected = "--rates-from takes a file that plphp profile --json wrote; or give --layer-rates"
     shown = one_line(str(path))
     try:
-        record = from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        raise UsageError(f"{shown} is a folder, not a profile", hint=expected) from error
     except OSError as error:
         raise UsageError(f"cannot read {shown}: {error.strerror}", hint=expected) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{shown} is not text", hint=expected) from error
+        raise UsageError(f"{shown} is not text, so no profile", hint=expected) from error
+    if (what := _what_else(text)) is not None:
+        raise UsageError(f"{shown} is {what}, not a profile", hint=expected)
+    try:
+        record = from_json(text)
     except RecordError as error:
-        raise UsageError(f"{shown} is no profile: {error.message}", hint=expected) from error
-    if not record.layers:
+        raise UsageError(
+            f"{shown} is a profile that cannot be read: {error.message}", hint=error.hint or expected
+        ) from error
+    rates = [1.0 if layer.rate is None else layer.rate for layer in record.layers]
+    if not rates:
         raise UsageError(
             f"the profile {shown} has no layers, so no rates: it was broken off before any were measured",
             hint="name a whole one, or give --layer-rates",
         )
-    return tuple(1.0 if layer.rate is None else layer.rate for layer in record.layers)
+    if wrong := [rate for rate in rates if not 0 <= rate <= 1]:
+        raise UsageError(f"the profile {shown} has the rate {wrong[0]:g}; expected numbers in [0, 1]")
+    return tuple(rates)
 
 
-def dummy_questions(plan: DummyPlan, image: object, prompt: object, data: object) -> tuple[Question, ...]:
-    """The one synthetic prompt. Raises `UsageError` where a real one was given."""
-    if image or prompt is not None or data is not None:
+def _what_else(text: str) -> str | None:
+    """What a text is that is no profile's JSON, in words; None if it says that it is a profile."""
+    if not text.strip():
+        return "empty"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    if not isinstance(found, dict):
+        return f"a JSON {type(found).__name__}"
+    command = found.get("command")
+    if command == "profile":
+        return None
+    if command == "run" and "answers" in found:
+        command = "run --data"
+    if isinstance(command, str):
+        return f"a record of plphp {one_line(command):.40}"
+    if found and found.keys() <= PLPHPConfig().to_dict().keys():
+        return "a config of pruning"
+    return "another JSON object"
+
+
+def dummy_questions(plan: DummyPlan, given: Mapping[str, Any]) -> tuple[Question, ...]:
+    """The one synthetic prompt. Raises `UsageError` where a real one was `given`, by option."""
+    if (name := given_first(given)) is not None:
         raise UsageError(
-            "--dummy-weights takes no --image, --prompt or --data: its prompt is synthetic",
-            hint="say its size with --vision-tokens and --images",
+            f"--dummy-weights does not go with {name}: its prompt is synthetic",
+            hint="say its size with --vision-tokens, --images and --text-tokens",
         )
     tokens, images = plural(plan.vision_tokens, "synthetic vision token"), plural(plan.images, "image")
     return (Question((), f"{tokens} in {images}"),)
+
+
+def check_no_knobs(config: str | None, knobs: Mapping[str, Any]) -> None:
+    """Refuse knobs of pruning, which decide by scores. Raises `UsageError`."""
+    given = {"--config": config, **{f"--{name.replace('_', '-')}": value for name, value in knobs.items()}}
+    if (name := given_first(given)) is not None:
+        raise UsageError(
+            f"--dummy-weights does not go with {name}: random weights give no scores",
+            hint="give the layers' rates with --layer-rates or --rates-from",
+        )
 
 
 def check_no_shape(name: str) -> None:

@@ -9,6 +9,9 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 # People press Ctrl-C more than once; so many in all, and the wrapping up is given up too.
 _PATIENCE = 3
 
+# Until the model is there nothing is known that a file could tell; torch may be imported by half.
+WHILE_LOADING = "interrupted while loading: nothing was written"
+
 
 class Interrupts:
     """Turns the first SIGINT (SIGTERM, SIGHUP) into `KeyboardInterrupt` and holds back the next ones.

@@ -1,12 +1,13 @@
 """`plphp models`: the families, the local hub cache, or what one model would take before it is downloaded."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from plphp_cli.card import describe, parse_size
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.load_options import OfflineOption, TrustOption
+from plphp_cli.cli.option_groups import given_first
 from plphp_cli.cli.output import say, stdout_width, write_report
 from plphp_cli.errors import UsageError
 from plphp_cli.inventory import take_inventory
@@ -56,13 +57,13 @@ def models(
     if offline:
         go_offline()
     if name is None:
-        given = {"--image-size": image_size, "--context": context}
+        given: dict[str, Any] = {"--image-size": image_size, "--context": context}
+        given["--dtype"], given["--device"] = (None if word == "auto" else word for word in (dtype, device))
         given["--trust-remote-code"] = trust_remote_code or None
-        for option, value in given.items():
-            if value is not None:
-                raise UsageError(
-                    f"{option} is about one model, and none was named", hint="e.g. plphp models builtin"
-                )
+        if (stray := given_first(given)) is not None:
+            raise UsageError(
+                f"{stray} is about one model, and none was named", hint="e.g. plphp models builtin"
+            )
         if refused or cached_models():
             say("reading the configs")
         inventory = take_inventory(with_refused_types=refused)

@@ -8,6 +8,11 @@ from typing import Any
 Command = Callable[..., int]
 
 
+def given_first(options: Mapping[str, Any]) -> str | None:
+    """The name of the first of `options` that was typed; None if none was: their values are None or []."""
+    return next((name for name, value in options.items() if value is not None and value != []), None)
+
+
 def takes(parameter: str, options: Mapping[str, tuple[Any, Any]], make: Callable[..., Any]) -> Any:
     """A decorator for commands: `options` in place of their `parameter`, which is then what `make` returns.
 

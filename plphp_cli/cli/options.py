@@ -285,6 +285,10 @@ def check_generation(
         raise UsageError(f"temperature = {temperature:g}; expected a number of 0 (greedy) or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"top-p = {top_p:g}; expected a number above 0, at most 1")
+    if top_p is not None and temperature == 0:
+        raise UsageError(
+            "--top-p does not go with --temperature 0, which samples nothing", hint="leave out one of them"
+        )
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"seed = {seed}; expected a whole number from 0 to 2^63 - 1")
     for text in stop or ():

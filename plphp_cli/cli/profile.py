@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.console import Console
 from plphp_cli.cli import dummy_options as dummy
 from plphp_cli.cli import options as opt
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.interrupts import WHILE_LOADING, Interrupts
 from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import (
     print_error,
@@ -35,6 +35,9 @@ from plphp_cli.reports.profile_text import given_rates
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
+
+if TYPE_CHECKING:
+    from plphp_cli.profiling.session import ProfileSession
 
 _MEASURING, _OUTPUT = "Measuring", "Output"
 
@@ -116,12 +119,9 @@ def profile(
         questions = read_questions(image, prompt, data, system, max_pixels)
         check_model(model, options)
     else:
-        if knobs or config is not None:
-            raise UsageError(
-                "random weights give no scores, so --dummy-weights takes no knobs of pruning",
-                hint="give the layers' rates with --layer-rates or --rates-from",
-            )
-        questions = dummy.dummy_questions(plan, image, prompt, data)
+        dummy.check_no_knobs(config, knobs)
+        asked = {"--image": image, "--prompt": prompt, "--data": data, "--system": system}
+        questions = dummy.dummy_questions(plan, {**asked, "--max-pixels": max_pixels})
         dummy.check_dummy_model(model, options, plan)
         chosen = PLPHPConfig()
         say(f"{dummy.NOTE}; {given_rates(plan.layer_rates, plan.rates_from)}")
@@ -155,13 +155,12 @@ def execute(request: ProfileRequest, files: dict[str, str], force: bool) -> int:
         PLPHPError: it failed before anything was measured, or what was measured shows a fault of the tool.
     """
     interrupted, failure = False, None
+    session: ProfileSession | None = None
     with Interrupts() as interrupts:
         with _progress_bar() as show:
             show(Progress(f"loading {one_line(request.model)}", 0, 0, None))
-            from plphp_cli.profiling.session import ProfileSession
-
-            session = ProfileSession(request, show, interrupts.check)
             try:
+                session = _session(request, show, interrupts.check)
                 session.load()
                 session.run()
                 interrupts.check()
@@ -171,9 +170,12 @@ def execute(request: ProfileRequest, files: dict[str, str], force: bool) -> int:
                 # An interrupted import or kernel may surface as an error of its own.
                 interrupted = interrupts.received is not None
                 failure = None if interrupted else explained(error)
-                if failure is not None and not session.started:
+                if failure is not None and not (session is not None and session.started):
                     raise failure from error
         interrupts.hold()
+        if session is None or (interrupted and not session.loaded):
+            say(WHILE_LOADING)
+            return interrupts.exit_code
         record = session.record(interrupted or failure is not None)
         unwritten = _write(record, files, force)
         _print(record, files.get("json") == "-", session.started)
@@ -183,6 +185,15 @@ def execute(request: ProfileRequest, files: dict[str, str], force: bool) -> int:
     if record.faults:
         raise PLPHPError(record.faults[0])
     return interrupts.exit_code if interrupts.received is not None else 0
+
+
+def _session(
+    request: ProfileRequest, show: Callable[[Progress], None], check: Callable[[], None]
+) -> "ProfileSession":
+    # Its import takes seconds, and a Ctrl-C may fall into them.
+    from plphp_cli.profiling.session import ProfileSession
+
+    return ProfileSession(request, show, check)
 
 
 def _write(record: ProfileRecord, files: dict[str, str], force: bool) -> PLPHPError | None:

@@ -18,10 +18,10 @@ def read_questions(
     Raises:
         UsageError: neither or both were given, or a prompt or image cannot be used.
     """
+    text = opt.read_prompt(prompt) if data is None else ""
+    if system is not None:
+        opt.check_text("system message", system)
     if data is None:
-        text = opt.read_prompt(prompt)
-        if system is not None:
-            opt.check_text("system message", system)
         return (Question(tuple(load_image(path, max_pixels) for path in image or ()), text, system),)
     if image or prompt is not None:
         raise UsageError("--data was given with --image or --prompt", hint="use one or the other")

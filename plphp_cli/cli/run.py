@@ -14,7 +14,7 @@ from plphp_cli.cli.answers import answer_file, check_batch
 from plphp_cli.cli.chat import converse
 from plphp_cli.cli.dummy_options import CompileOption
 from plphp_cli.cli.failures import explained
-from plphp_cli.cli.interrupts import Interrupts
+from plphp_cli.cli.interrupts import WHILE_LOADING, Interrupts
 from plphp_cli.cli.load_options import check_model, with_load_options
 from plphp_cli.cli.output import (
     Answer,
@@ -173,6 +173,9 @@ def execute(request: "RunRequest", *, json_target: str | None, force: bool, live
             if failure is not None and not (session.answered or isinstance(failure, BrokenPipeError)):
                 raise
         interrupts.hold()
+        if interrupted and not session.loaded:
+            say(WHILE_LOADING)
+            return interrupts.exit_code
         if interrupted or isinstance(failure, BrokenPipeError):
             session.interrupt()
         unwritten = _finish(session, answer, json_target, force, interrupted, failure)

@@ -99,6 +99,11 @@ class RunSession:
         return replace(self._view, memory=MemorySnapshot() if sampler is None else sampler.latest)
 
     @property
+    def loaded(self) -> bool:
+        """Whether the model is there."""
+        return self._loaded is not None
+
+    @property
     def answered(self) -> bool:
         """Whether the pruned arm is complete."""
         return self._view.pruned.phase == DONE

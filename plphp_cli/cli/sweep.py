@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -33,11 +34,14 @@ from plphp_cli.profiling.state import Question
 from plphp_cli.reports.terminal import config_line
 from plphp_cli.reports.text import one_line
 from plphp_cli.serialize import to_json
-from plphp_cli.sweep.grid import KNOBS, MIN_SEEDS, Grid, expand
+from plphp_cli.sweep.grid import KNOBS, Grid, expand
 from plphp_cli.sweep.progress import SweepProgress
 from plphp_cli.sweep.records import PLPHP, Constraint, SweepRecord
 from plphp_cli.sweep.request import FRONT, SweepRequest, prompt_id
 from plphp_cli.sweep.store import RESULTS, check_folder
+
+if TYPE_CHECKING:
+    from plphp_cli.sweep.session import SweepSession
 
 RECOMMENDED, REPORT, PAGE, SUMMARY = "recommended.json", "report.json", "report.html", "summary.csv"
 
@@ -61,7 +65,7 @@ def sweep(
     head_reduce: own.HeadReduceValues = None,
     skip_layers: opt.SkipLayersOption = None,
     method: own.MethodValues = None,
-    seeds: own.SeedsOption = MIN_SEEDS,
+    seeds: own.SeedsOption = None,
     max_kl: own.MaxKLOption = None,
     min_agreement: own.MinAgreementOption = None,
     max_accuracy_drop: own.MaxAccuracyDropOption = None,
@@ -88,9 +92,9 @@ def sweep(
     own.check_measuring(measure_speed, repeats, workers, ray_address)
     base, origin = opt.choose_config(model, config, opt.overrides(skip_layers=skip_layers))
     values = zip(KNOBS, (r, delta_r, alpha, beta, scope, head_reduce), strict=True)
-    grid = expand(base, {name: given or () for name, given in values}, method or (PLPHP,), seeds)
-    folder = _folder(out)
-    check_folder(folder, resume)
+    drawn = own.draws(seeds, method or ())
+    grid = expand(base, {name: given or () for name, given in values}, method or (PLPHP,), drawn)
+    check_folder(folder := _folder(out), resume)
     check_model(model, options)
     questions, grid = _each_once(read_questions(image, prompt, data, system, max_pixels), grid)
     _check_questions(questions, constraint)
@@ -129,32 +133,45 @@ def execute(request: SweepRequest, json: str | None, force: bool, live: bool) ->
     """
     _say_size(request)
     interrupted, failure = False, None
+    record: SweepRecord | None = None
     with Interrupts() as interrupts:
-        with _progress(live) as show:
+        with _progress(live) as show, contextlib.ExitStack() as folder:
+            session: SweepSession | None = None
             show(SweepProgress(0, 0, None, f"loading {one_line(request.model)}"))
-            from plphp_cli.sweep.session import SweepSession
-
-            with SweepSession(request, show, interrupts.check) as session:
-                try:
-                    session.prepare()
-                    session.run()
-                    interrupts.check()
-                except KeyboardInterrupt:
-                    interrupted = True
-                except Exception as error:
-                    # An interrupted import or kernel may surface as an error of its own.
-                    interrupted = interrupts.received is not None
-                    failure = None if interrupted else explained(error)
-                    if failure is not None and not session.started:
-                        raise failure from error
-                interrupts.hold()
+            try:
+                session = folder.enter_context(_session(request, show, interrupts.check))
+                session.prepare()
+                session.run()
+                interrupts.check()
+            except KeyboardInterrupt:
+                interrupted = True
+            except Exception as error:
+                # An interrupted import or kernel may surface as an error of its own.
+                interrupted = interrupts.received is not None
+                failure = None if interrupted else explained(error)
+                if failure is not None and not (session is not None and session.started):
+                    raise failure from error
+            interrupts.hold()
+            if session is not None and (session.started or not interrupted):
                 record = _with_next(session.record(interrupted or failure is not None), request)
+        if record is None:
+            say("interrupted before anything was measured: no report was written")
+            return interrupts.exit_code
         unwritten = _write(record, request.out, json, force)
         _print(record, json == "-")
     failure = failure or (None if interrupted else unwritten)
     if failure is not None:
         raise failure
     return interrupts.exit_code if interrupts.received is not None else 0
+
+
+def _session(
+    request: SweepRequest, show: Callable[[SweepProgress], None], check: Callable[[], None]
+) -> "SweepSession":
+    # Its import takes seconds, and a Ctrl-C may fall into them.
+    from plphp_cli.sweep.session import SweepSession
+
+    return SweepSession(request, show, check)
 
 
 def _with_next(record: SweepRecord, request: SweepRequest) -> SweepRecord:

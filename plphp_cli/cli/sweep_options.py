@@ -1,6 +1,7 @@
 """Options of `plphp sweep` alone, and the checks of what was typed. Nothing here loads torch."""
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -8,8 +9,9 @@ import typer
 
 from plphp_cli.cli.commands import MultiValueCommand
 from plphp_cli.errors import UsageError
-from plphp_cli.sweep.records import METHODS, Constraint
-from plphp_cli.sweep.request import SPEEDS
+from plphp_cli.sweep.grid import MIN_SEEDS
+from plphp_cli.sweep.records import METHODS, RANDOM, Constraint
+from plphp_cli.sweep.request import NONE, SPEEDS
 
 MAX_KL = 0.05
 
@@ -71,7 +73,10 @@ MethodValues = Annotated[
         rich_help_panel=_GRID,
     ),
 ]
-SeedsOption = Annotated[int, typer.Option(metavar="N", help="Draws of method random.", rich_help_panel=_GRID)]
+SeedsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help=f"Draws of method random, {MIN_SEEDS} by default.", rich_help_panel=_GRID),
+]
 MaxKLOption = Annotated[
     float | None,
     typer.Option(
@@ -131,12 +136,21 @@ def constraint_of(
     return Constraint("kl", MAX_KL if max_kl is None else max_kl)
 
 
+def draws(seeds: int | None, methods: Sequence[str]) -> int:
+    """How many draws of chance there are to be. Raises `UsageError` where no method draws any."""
+    if seeds is not None and RANDOM not in methods:
+        raise UsageError("--seeds was given without --method random", hint="add it, or leave it out")
+    return MIN_SEEDS if seeds is None else seeds
+
+
 def check_measuring(measure_speed: str, repeats: int | None, workers: int, ray_address: str | None) -> None:
     """Refuse what cannot be measured that way. Raises `UsageError`."""
     if measure_speed not in SPEEDS:
         raise UsageError(f"measure-speed {measure_speed!r}; expected {', '.join(SPEEDS)}")
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats = {repeats}; expected 1 or more")
+    if repeats is not None and measure_speed == NONE:
+        raise UsageError("--repeats does not go with --measure-speed none, which times nothing")
     if workers < 1:
         raise UsageError(f"workers = {workers}; expected 1 or more")
     if (workers > 1 or ray_address is not None) and find_spec("ray") is None:

@@ -77,6 +77,11 @@ class ProfileSession:
         self._warnings: list[str] = []
 
     @property
+    def loaded(self) -> bool:
+        """Whether the model is there."""
+        return self._loaded is not None
+
+    @property
     def started(self) -> bool:
         """Whether there is anything to report."""
         return any(state.prefills for state in self.states)
