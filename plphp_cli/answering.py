@@ -107,6 +107,12 @@ class Answering:
         """Of all sequences together; None under 16 steps."""
         return self.decoded / self.decode_s if self.steps >= MIN_DECODE_STEPS and self.decode_s > 0 else None
 
+    def remarks(self) -> list[str]:
+        """How the steps were computed, where that is not as always."""
+        from plphp_cli.products import remarks
+
+        return remarks(self._loaded.model)
+
     def _batch(self, questions: Sequence["Question"], pruner: Any) -> None:
         from plphp_cli.models import prepare
         from plphp_cli.prefilling import prefill

@@ -34,7 +34,8 @@ class PrunableLayer(DynamicLayer):
     Attributes:
         seen: tokens that passed through the layer; the next token's position.
         held: tokens that are stored.
-        fused: whether one new token may attend by another kernel than stock's, which moves logits by 1e-7.
+        fused: whether one new token may attend by another kernel than stock's, which moves logits by 1e-7
+            in float32, and by roundings in bfloat16.
             The decode engine says so for both arms alike; `model.generate` inside `prune` stays bit-equal.
     """
 

@@ -39,8 +39,9 @@ class Token:
         index: 0 for the first new token.
         token_id: its id.
         text: what it adds to the text; empty while a character is incomplete, and for special tokens.
-        elapsed_s: seconds since the start of prefill at which its id was on the host. Time that the
-            consumer of the events spends between two of them does not count.
+        elapsed_s: seconds since the start of prefill (of decoding, for prompts prefilled before) at which
+            its id was on the host. Time that the consumer of the events spends between two of them does not
+            count, but where steps run ahead: the device goes on meanwhile.
     """
 
     index: int
@@ -136,7 +137,7 @@ class DecodeBatch:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these prompts, by their places in the batch; the others have left it.
 
-        Those have no further use: a step that ran ahead of their last token is not taken back.
+        Those are done with: a step that ran ahead of their last token is not taken back.
         """
         self.settle()
         self.prompts = [self.prompts[row] for row in rows]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,9 +27,9 @@ _FEW = 4
 # What is timed: more would take seconds, and less might stay in the processor's caches.
 _SAMPLE_BYTES = 64 << 20
 _LEAST_BYTES = 16 << 20
-_ROUNDS = 4
-# Below this gain the linear layer's own way stays, so that a busy moment decides nothing.
-_LEAST_GAIN = 1.15
+_ROUNDS = 9
+# Below this gain the linear layer's own way stays: what is alike is not decided by a busy moment.
+_LEAST_GAIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ColumnProducts:
         rows: that were timed.
         linears: linear layers of the decoder and the output head that take rows as columns; empty where their
             own way stays.
-        gain: seconds of the linear layers' way over those of the other; None where nothing was timed.
+        gain: seconds of the linear layers' way over those of the other, median of alternated rounds; None
+            where nothing was timed.
     """
 
     rows: int
@@ -47,8 +49,8 @@ class ColumnProducts:
     gain: float | None = None
 
 
-# Model -> (threads, rows that are timed) -> what was found.
-_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int], ColumnProducts]] = WeakKeyDictionary()
+# Model -> (rows that are timed, dtype, device, threads) -> what was found.
+_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], ColumnProducts]] = WeakKeyDictionary()
 
 
 def column_products(model: Any, rows: int) -> ColumnProducts:
@@ -59,9 +61,10 @@ def column_products(model: Any, rows: int) -> ColumnProducts:
     if rows > MOST_ROWS:
         return ColumnProducts(rows)
     found = _FOUND.setdefault(model, {})
-    key = torch.get_num_threads(), 1 if rows == 1 else _FEW
+    timed = 1 if rows == 1 else _FEW
+    key = timed, model.dtype, model.device, torch.get_num_threads()
     if key not in found:
-        found[key] = _found(model, key[1])
+        found[key] = _found(model, timed)
     return found[key]
 
 
@@ -72,17 +75,18 @@ def time_products(model: Any, rows: int) -> None:
 
 
 def remarks(model: Any) -> list[str]:
-    """What a reader of figures must know of these products, once they were timed."""
+    """What a reader of figures must know of these products, whichever way was taken, once they were timed."""
     gains = [
         f"{found.gain:.2f}x as fast for {'one token' if found.rows == 1 else f'{found.rows} tokens'}"
-        for _, found in sorted(_FOUND.get(model, {}).items(), key=lambda each: each[0])
-        if found.linears and found.gain is not None
+        f"{'' if found.linears else ' and not taken'}"
+        for _, found in sorted(_FOUND.get(model, {}).items(), key=lambda each: each[1].rows)
+        if found.gain is not None
     ]
     if not gains:
         return []
     return [
-        "bfloat16 weights are multiplied by a step's tokens as columns, in all arms but stock: timed on this "
-        f"machine, {', '.join(gains)} as the linear layers' own way"
+        "bfloat16 weights may be multiplied by a step's tokens as columns, which generate never does: "
+        f"timed here, {', '.join(gains)} as the linear layers' own way"
     ]
 
 
@@ -172,4 +176,4 @@ def _gain(linears: Sequence[nn.Linear], rows: int) -> float:
         return linear_function(given, linear.weight, linear.bias)
 
     pairs = [(seconds(own_way), seconds(times_columns)) for _ in range(_ROUNDS + 1)][1:]
-    return min(own for own, _ in pairs) / min(columns for _, columns in pairs)
+    return median(own / columns for own, columns in pairs)

@@ -193,6 +193,26 @@ def test_compiled_steps_allocate_no_more_than_the_byte_law_allows(room, monkeypa
     assert runs[1].cache.layers[0].held == held[1][0] + STEPS
 
 
+def test_compiling_is_no_time_of_a_token(monkeypatch):
+    """Nor where a batch goes on with fewer rows: the clock here stands but for compiling."""
+    family, now = load("llava"), [0.0]
+    compiler = step_compiler(family.loaded)
+
+    def compiles(cache, positions, *, begins=True):
+        now[0] += 5
+        compiler.stats.compile_s += 5
+
+    monkeypatch.setattr(compiler, "step_for", compiles)
+    with torch.no_grad(), prune(family.model, None) as pruner:
+        runs = prefilled(family, [None] * 2, pruner)
+        ids = list(decode(family.loaded, runs[0].fork(STEPS), Settings(STEPS)))[-1].token_ids
+        monkeypatch.setattr(family.model.generation_config, "eos_token_id", ids[2])
+        rows = list(decode_batch(family.loaded, runs, Settings(STEPS), compiler, clock=lambda: now[0]))
+    times = [row.event.elapsed_s for row in rows if isinstance(row.event, Token)]
+    assert now[0] == 10
+    assert set(times) == {0.0}
+
+
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_why():
     family = load("gemma3")
     compiler = step_compiler(family.loaded)

@@ -10,9 +10,11 @@ from torch import nn
 
 from plphp_cli import products
 from plphp_cli.attention import prune
-from plphp_cli.decoding import DecodeBatch, step_compiler
+from plphp_cli.decoding import DecodeBatch, decode_batch, step_compiler
+from plphp_cli.generate import stream
 from plphp_cli.prefilling import prefill
-from plphp_cli.products import MOST_ROWS, as_columns, column_products, remarks
+from plphp_cli.products import MOST_ROWS, ColumnProducts, as_columns, column_products, remarks
+from plphp_cli.sampling import Settings
 
 STEPS = 3
 ROUNDING = 2**-8  # bfloat16 keeps eight bits
@@ -46,13 +48,54 @@ def test_what_something_else_has_replaced_stays_as_it_is():
     assert "forward" not in vars(other)
 
 
-def test_nothing_is_timed_for_float32_nor_for_matrices_that_fit_a_cache():
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load("llava").fresh().model.to(dtype)
+def test_nothing_is_timed_for_float32_nor_for_matrices_that_fit_a_cache(monkeypatch):
+    model = load("llava").fresh().model
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        # One model, moved: what holds for one dtype holds for no other.
+        model.to(dtype)
+        if dtype is not torch.bfloat16:
+            monkeypatch.setattr(products, "_LEAST_BYTES", 1)
         for rows in (1, 2, MOST_ROWS, MOST_ROWS + 1):
             found = column_products(model, rows)
             assert (found.linears, found.gain) == ((), None)
         assert remarks(model) == []
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(0.9, False), (1.0, False), (1.2, True)])
+def test_the_faster_way_is_taken_once_it_was_timed_and_said_so(monkeypatch, gain, taken):
+    model = load("llava").fresh().model.to(torch.bfloat16)
+    timed = []
+    monkeypatch.setattr(products, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(products, "_gain", lambda linears, rows: (timed.append((linears, rows)), gain)[1])
+    decoder = [part for part in model.get_decoder().modules() if type(part) is nn.Linear]
+    for _ in range(2):
+        for rows in (1, 2, 3, MOST_ROWS):
+            linears = column_products(model, rows).linears
+            assert list(linears) == ([*decoder, model.get_output_embeddings()] if taken else [])
+    # The output head, larger than all layers of a small model together, would decide for them.
+    assert [(linears, rows) for linears, rows in timed] == [(decoder, 1), (decoder, products._FEW)]
+    assert ("not taken" in remarks(model)[0]) == (not taken)
+
+
+def test_nothing_is_timed_while_a_token_is(monkeypatch):
+    family = load("llava").fresh()
+    family.model.to(torch.bfloat16)
+    timed = []
+    monkeypatch.setattr(products, "_found", lambda model, rows: (timed.append(rows), ColumnProducts(rows))[1])
+    settings = Settings(STEPS, stop_at_eos=False)
+    prompt = as_prompt(family.prompts[0])
+    with torch.no_grad(), prune(family.model, CUT) as pruner:
+        runs = [prefill(family.loaded, prompt, pruner, STEPS) for _ in range(2)]
+        events = decode_batch(family.loaded, runs, settings)
+        next(events)
+        assert timed == [1, products._FEW]
+        list(events)
+    assert timed == [1, products._FEW]
+    products._FOUND.pop(family.model)
+    events = stream(family.loaded, prompt, CUT, settings, clock=lambda: float(len(timed)))
+    assert next(events).prefill_s == 0
+    assert timed[2:] == [1]
+    events.close()
 
 
 def logits_of(family, prompts, compiler=None):
@@ -81,6 +124,7 @@ def test_steps_of_few_prompts_take_columns_and_are_as_near_to_float32(every_matr
     assert sorted(map(id, taken)) == sorted(STEPS * list(map(id, linears)))
     assert (found - exact).abs().max() <= 3 * (plain - exact).abs().max()
     assert "as columns" in remarks(family.model)[0]
+    assert "not taken" not in remarks(family.model)[0]
     assert snapshot(family.model) == before
 
 

@@ -65,6 +65,8 @@ def answer_file(
                 unwritten = write_files({"record": (json_target, lambda: to_json(record) + "\n")}, force)
             if json_target == "-":
                 write_stdout(to_json(record))
+            for note in work.remarks():
+                say(f"note: {note}")
             _summary(record)
         if interrupted:
             say(WHILE_LOADING if work is None else "interrupted")

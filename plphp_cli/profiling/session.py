@@ -116,7 +116,6 @@ class ProfileSession:
                 self._time(state)
         assert self._loaded is not None
         device, dtype = self._loaded.device, self._loaded.dtype
-        self._warnings += remarks(self._loaded.model)
         self._release()
         with self._pace.piece("machine", "bandwidth and rate of this device"):
             machine = measure_machine(device, dtype)
@@ -138,7 +137,7 @@ class ProfileSession:
             figures=self._figures,
             limits=self._limits,
             environment=self._environment,
-            warnings=self._warnings,
+            warnings=[*self._warnings, *([] if loaded is None else remarks(loaded.model))],
             interrupted=interrupted,
             compiled=None if self._compiler is None else CompileRecord.from_stats(self._compiler.stats),
         )
