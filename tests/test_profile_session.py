@@ -246,3 +246,18 @@ def test_quality_is_of_positions_from_the_second_on(toy, images, quick):
         nats = torch.nn.functional.cross_entropy(logits, torch.tensor(answers.ids))
         assert record.quality.perplexity[name] == pytest.approx(nats.exp().item(), rel=1e-4)
     assert record.quality.perplexity[PRUNED] != record.quality.perplexity[UNPRUNED]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_is_known_of_the_model_s_products_is_told_once(toy, images, quick, monkeypatch, interrupted):
+    """Also where the measurement was broken off, and though the model is gone by the end of a whole one."""
+    monkeypatch.setattr("plphp_cli.profiling.session.remarks", lambda model: [f"of {type(model).__name__}"])
+    if interrupted:
+        session = ProfileSession(request(toy, images))
+        session.load()
+        record = session.record(interrupted=True)
+    else:
+        record = profiled(request(toy, images))
+    assert [warning for warning in record.warnings if warning.startswith("of ")] == [
+        "of LlavaForConditionalGeneration"
+    ]

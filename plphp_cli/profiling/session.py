@@ -137,7 +137,7 @@ class ProfileSession:
             figures=self._figures,
             limits=self._limits,
             environment=self._environment,
-            warnings=[*self._warnings, *([] if loaded is None else remarks(loaded.model))],
+            warnings=[*self._warnings, *self._remarks()],
             interrupted=interrupted,
             compiled=None if self._compiler is None else CompileRecord.from_stats(self._compiler.stats),
         )
@@ -341,9 +341,14 @@ class ProfileSession:
             torch.cuda.empty_cache()
         return None
 
+    def _remarks(self) -> list[str]:
+        """What is known of the model's products while it is here."""
+        return [] if self._loaded is None or self._loaded.model is None else remarks(self._loaded.model)
+
     def _release(self) -> None:
         """Let the model go: fresh processes load their own."""
         assert self._loaded is not None
+        self._warnings += self._remarks()
         self._loaded = dataclasses.replace(self._loaded, model=None, processor=None)
         gc.collect()
         if torch.cuda.is_available():
