@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from plphp_cli.calibration import CalibrationRecord
 from plphp_cli.chat.records import ChatRecord
 from plphp_cli.cli.app import main
 from plphp_cli.cli.dummy_options import recorded_rates
-from plphp_cli.errors import UsageError
+from plphp_cli.errors import DeviceMemoryError, UsageError
 from plphp_cli.models import decoder_weight_bytes
-from plphp_cli.models.dummy import dummy_prompt, load_dummy
+from plphp_cli.models.dummy import check_room, dummy_prompt, load_dummy
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.prefilling import prefill
 from plphp_cli.profiling.records import (
@@ -260,3 +261,24 @@ def test_bad_input_is_one_line(words, named, capsys):
     error = capsys.readouterr().err
     assert named in error
     assert "Traceback" not in error
+
+
+def test_what_the_machine_cannot_hold_is_refused_before_the_kernel_ends_the_process(monkeypatch, dummy):
+    loaded, folder = dummy
+    weights = sum(weight.nbytes for weight in loaded.model.parameters())
+    prompt = dummy_prompt(loaded, 30, 2)
+    run = synthetic_prefilled(loaded, prompt, None, 1)
+    caches = 3 * sum(layer.held_bytes for layer in run.state.layers)
+
+    def machine_of(size):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=size))
+        monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
+
+    machine_of(weights + caches)
+    check_room(loaded, prompt.prompt_tokens, 3)
+    machine_of(weights + caches - 1)
+    with pytest.raises(DeviceMemoryError, match="weights and caches of 3 x 94 tokens take"):
+        check_room(loaded, prompt.prompt_tokens, 3)
+    machine_of(weights // 2)
+    with pytest.raises(DeviceMemoryError, match=r"weights of .* take .*; this machine has"):
+        load_dummy(folder, device="cpu")

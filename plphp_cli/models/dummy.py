@@ -23,12 +23,14 @@ from plphp_cli.models.loading import quiet
 from plphp_cli.models.options import LoadOptions
 from plphp_cli.models.shapes import SHAPES
 from plphp_cli.models.sources import BUILTIN, locate, read_config_json
+from plphp_cli.models.weights import check_host_memory
 from plphp_cli.prompt import Prompt
 from plphp_cli.support import FULL, layer_kinds
 from plphp_cli.units import format_bytes
 
 NOTE = "dummy weights: speed and memory only"
 _STD = 0.02
+_SMALLER = "use --dtype bfloat16, another --device, or a smaller shape"
 # A prompt may be longer than what the shape's own config allows: only its memory and time are of interest.
 _LONGEST = 1 << 20
 
@@ -62,6 +64,8 @@ def load_dummy(
         config = _config(name)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+        if where.type == "cpu":
+            check_host_memory(size * kind.itemsize, f"weights of {name}", _SMALLER)
         try:
             model = _random(config, kind, where, attn, seed)
         except Exception as error:
@@ -69,7 +73,7 @@ def load_dummy(
                 raise
             raise DeviceMemoryError(
                 f"out of memory on {where}: weights of {name} take {format_bytes(size * kind.itemsize)}",
-                hint="use --dtype bfloat16, another --device, or a smaller shape",
+                hint=_SMALLER,
             ) from error
     options = LoadOptions(dtype=dtype, device=str(where), attn=attn)
     return LoadedModel(
@@ -127,6 +131,25 @@ def _random(config: Any, dtype: torch.dtype, device: torch.device, attn: str, se
     # Nothing of a random model ends an answer.
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model.eval().requires_grad_(False)
+
+
+def check_room(loaded: LoadedModel, tokens: int, sequences: int) -> None:
+    """Refuse uncut caches that the machine cannot hold beside the weights; a GPU says so by itself.
+
+    Raises:
+        DeviceMemoryError: they take more than the machine's memory and its swap space.
+    """
+    if loaded.device.type != "cpu":
+        return
+    text = loaded.model.config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * width * tokens * sequences
+    weights = sum(weight.nbytes for weight in loaded.model.parameters())
+    check_host_memory(
+        weights + numbers * loaded.dtype.itemsize,
+        f"weights and caches of {sequences} x {tokens:,} tokens",
+        "use fewer tokens, a smaller --batch-size, or --dtype bfloat16",
+    )
 
 
 def dummy_prompt(

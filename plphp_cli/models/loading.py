@@ -279,7 +279,7 @@ def _model(
         built = outline(source, config, attention_to_load(options.attn))
         needed = int(needed * check_size(source, config, built, files))
     if device.type == "cpu" and not place:
-        check_host_memory(needed, source.name)
+        check_host_memory(needed, f"the weights of {source.name}")
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
             source.folder,

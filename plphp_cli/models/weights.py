@@ -101,19 +101,19 @@ def stored_numbers(files: Iterable[Path], source: Source) -> int:
     return sum(math.prod(shape) for file in files for _, shape, _ in _tensors(file, source))
 
 
-def check_host_memory(needed: int, name: str) -> None:
-    """Refuse weights that the machine cannot hold: it would end the process without a word.
+def check_host_memory(needed: int, what: str, hint: str = _SMALLER) -> None:
+    """Refuse what the machine cannot hold (`what` in the plural): it would end the process without a word.
 
     Raises:
-        DeviceMemoryError: they take more than the machine's memory and its swap space.
+        DeviceMemoryError: it takes more than the machine's memory and its swap space.
     """
     import psutil
 
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     if needed > there:
         raise DeviceMemoryError(
-            f"the weights of {name} take {format_bytes(needed)}; this machine has {format_bytes(there)}",
-            hint=_SMALLER,
+            f"{what} take {format_bytes(needed)}; this machine has {format_bytes(there)}",
+            hint=hint,
         )
 
 

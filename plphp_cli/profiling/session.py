@@ -17,7 +17,7 @@ from plphp_cli.config import PLPHPConfig
 from plphp_cli.decoding import step_compiler
 from plphp_cli.memory import known
 from plphp_cli.models import LoadedModel, is_out_of_memory, prepare
-from plphp_cli.models.dummy import dummy_prompt
+from plphp_cli.models.dummy import check_room, dummy_prompt
 from plphp_cli.prefilling import prefill
 from plphp_cli.products import remarks
 from plphp_cli.profiling.answers import Answers, answer_with, judge, stock_answer
@@ -102,6 +102,7 @@ class ProfileSession:
             layers = len(layer_kinds(loaded.model.config))
             request.dummy.check_layers(layers, request.model)
             self._policy = request.dummy.policy(layers)
+            check_room(loaded, request.dummy.vision_tokens + request.dummy.text_tokens, request.batch_size)
         # A fresh process imports, loads and runs once more.
         self._pace.expect("peaks", FRESH_S + time.monotonic() - start)
         self._pace.expect("machine", MACHINE_S)
